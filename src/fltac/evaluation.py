@@ -1,0 +1,165 @@
+"""Scores a federation from outside. Only the evaluator knows which slot belongs to which task.
+
+For every (client, task) it scores the adapter that this client actually received, on the task's common validation
+rows, and averages over clients; each (adapter, task) pair is scored once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
+
+from fltac.client.training import stack_batches
+from fltac.config import Config
+from fltac.data.encoded import EncodedTask
+from fltac.data.metrics import predictions_from_logits, score
+from fltac.model.lanes import LaneModel
+from fltac.records import HEAD, Adapter, RoundReport, ServerState, SlotKey
+from fltac.seeding import generator
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The truth about one local task: whose it is, in which slot, which task, through which head."""
+
+    client: str
+    slot: int
+    task: str
+    head_key: str
+
+    @property
+    def key(self) -> SlotKey:
+        return (self.client, self.slot)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's scores over the clients that hold it."""
+
+    metric: str
+    score: float
+    worst_client: float
+    n_eval: int
+
+    def record(self) -> dict[str, str | float | int]:
+        """As it stands in ``rounds.jsonl``."""
+        return {
+            "metric": self.metric,
+            "score": self.score,
+            "worst_client": self.worst_client,
+            "n_eval": self.n_eval,
+        }
+
+
+def evaluation_rows(task: EncodedTask, max_rows: int | None, seed: int) -> NDArray[np.int64]:
+    """The validation rows to score, the shortest first: all, or a fixed seeded subset."""
+    rows = np.arange(len(task.validation))
+    if max_rows is not None and max_rows < len(rows):
+        rows = generator(seed, "evaluation-rows", client=task.name).permutation(len(rows))[:max_rows]
+    ordered: NDArray[np.int64] = rows[np.argsort(task.validation.lengths[rows], kind="stable")]
+    return ordered
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: LaneModel, adapter: Adapter, head_key: str, task: EncodedTask, rows: NDArray[np.int64], batch_size: int
+) -> NDArray[np.float64]:
+    """Logits ``[rows, outputs]`` of an adapter on validation rows."""
+    model.load([adapter])
+    out = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        features = model.features(stack_batches([task.validation.batch(part)], model))
+        out.append(model.logits(features, 0, head_key).double().cpu().numpy())
+    return np.concatenate(out)
+
+
+def score_state(
+    model: LaneModel,
+    state: ServerState,
+    holdings: Sequence[Holding],
+    tasks: Mapping[str, EncodedTask],
+    config: Config,
+    max_rows: int | None,
+) -> dict[str, TaskScore]:
+    """Scores what every client would hold after a round.
+
+    Args:
+        model: The backbone with its lanes; its lanes are replaced.
+        state: The server after the round.
+        holdings: All local tasks.
+        tasks: By name.
+        config: Gives the seed and the batch size.
+        max_rows: Validation rows of each task; None for all.
+
+    Returns:
+        By task name, in the order of ``tasks``; a task that no client holds is left out.
+    """
+    assignment = state.assignment()
+    clusters = {cluster.id: cluster.adapter for cluster in state.clusters}
+    out = {}
+    for name, task in tasks.items():
+        held = [holding for holding in holdings if holding.task == name]
+        if not held:
+            continue
+        rows = evaluation_rows(task, max_rows, config.federation.seed)
+        labels = np.asarray(task.validation.labels[rows])
+        scores: dict[tuple[int | None, str], float] = {}
+        by_client = []
+        for holding in held:
+            pair = (assignment.get(holding.key), holding.head_key)
+            if pair not in scores:
+                received = state.initial if pair[0] is None else clusters[pair[0]]
+                adapter = with_head(received, state.initial, holding.head_key)
+                logits = predict_logits(model, adapter, pair[1], task, rows, config.evaluation.batch_size)
+                scores[pair] = score(task.metric, predictions_from_logits(task.metric, logits), labels)
+            by_client.append(scores[pair])
+        out[name] = TaskScore(task.metric, float(np.mean(by_client)), min(by_client), len(rows))
+    return out
+
+
+def with_head(received: Adapter, initial: Adapter, head_key: str) -> dict[str, NDArray[np.float32]]:
+    """The received body with one head, v0's where the received adapter has none of that key."""
+    body = {name: tensor for name, tensor in received.items() if not name.startswith(HEAD)}
+    for part in ("weight", "bias"):
+        name = f"{HEAD}{head_key}.{part}"
+        body[name] = received[name] if name in received else initial[name]
+    return body
+
+
+def best_match_accuracy(truth: Sequence[int], found: Sequence[int]) -> float:
+    """Share of items in the right group under the best one-to-one matching of groups (Hungarian)."""
+    _, rows = np.unique(truth, return_inverse=True)
+    _, columns = np.unique(found, return_inverse=True)
+    table = np.zeros((rows.max() + 1, columns.max() + 1), dtype=np.int64)
+    np.add.at(table, (rows, columns), 1)
+    chosen = linear_sum_assignment(table, maximize=True)
+    return float(table[chosen].sum() / len(rows))
+
+
+def clustering_record(
+    state: ServerState, report: RoundReport, holdings: Sequence[Holding]
+) -> dict[str, float | int | None] | None:
+    """Compares the server's grouping with the true tasks.
+
+    Returns:
+        k, adjusted Rand index, best-match accuracy and the server's silhouette; None where nothing is clustered
+        or no slot has a cluster yet.
+    """
+    assignment = state.assignment()
+    known = [holding for holding in holdings if holding.key in assignment]
+    if report.k is None or not known:
+        return None
+    numbers = {task: number for number, task in enumerate(sorted({holding.task for holding in holdings}))}
+    truth = [numbers[holding.task] for holding in known]
+    found = [assignment[holding.key] for holding in known]
+    return {
+        "k": report.k,
+        "ari": float(adjusted_rand_score(truth, found)),
+        "accuracy": best_match_accuracy(truth, found),
+        "silhouette": report.silhouette,
+    }

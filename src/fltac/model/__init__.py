@@ -1,0 +1,1 @@
+"""The frozen backbone, its adapters as stacked lanes, and their exchange format."""

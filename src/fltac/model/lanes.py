@@ -1,0 +1,183 @@
+"""The trainable numbers of several adapters: one matrix, a row for each lane, with the layers looking into it.
+
+An optimizer then works on whole rows (norms, steps and moments are each lane's own by construction), and an
+adapter is loaded or read by copying one row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fltac.model.backbone import Backbone, pooled
+from fltac.model.lora import LanePass, attach
+from fltac.records import HEAD, LORA_A, LORA_B, Adapter
+
+Shape = tuple[int, ...]
+DELTA = ".delta"
+"""Suffix of a tensor that holds the change of one of the backbone's own parameters (full fine-tuning)."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one tensor lies in a row."""
+
+    start: int
+    shape: Shape
+
+    @property
+    def stop(self) -> int:
+        return self.start + prod(self.shape)
+
+
+def layout(shapes: Mapping[str, Shape]) -> dict[str, Slice]:
+    """Lays tensors out one after the other, in the order given."""
+    out, start = {}, 0
+    for name, shape in shapes.items():
+        out[name] = Slice(start, shape)
+        start = out[name].stop
+    return out
+
+
+class LaneModel:
+    """A backbone with room for the adapters of several lanes.
+
+    Attributes:
+        backbone: The frozen model; its target layers are wrapped for as long as this object is in use.
+        body_shapes: Name and shape of every adapter tensor that is not a head: ``<path>.lora_A`` ``[rank, in]`` and
+            ``<path>.lora_B`` ``[out, rank]``, or ``<parameter>.delta`` for full fine-tuning.
+        values: ``[lanes, width]``, one adapter a row: the body, then the lane's heads.
+        gradients: The same shape; filled by ``backward``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        modules: Mapping[str, tuple[int, int]],
+        rank: int,
+        scaling: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Wraps the modules; pass no modules for full fine-tuning of all of the backbone's parameters.
+
+        Args:
+            backbone: In any precision; this object does not change it.
+            modules: Module path to (in_features, out_features).
+            rank: Rank of the adapters.
+            scaling: Factor in front of B A.
+            dtype: Of adapters, heads and their gradients.
+        """
+        self.backbone = backbone
+        self.dtype = dtype
+        self.lanes = LanePass()
+        self.layers = attach(backbone.model, modules, scaling, self.lanes)
+        self.full = {} if modules else dict(backbone.model.named_parameters())
+        self._frozen = {name: tensor.detach().clone() for name, tensor in self.full.items()}
+        self.body_shapes: dict[str, Shape] = {}
+        for path, (in_features, out_features) in modules.items():
+            self.body_shapes[path + LORA_A] = (rank, in_features)
+            self.body_shapes[path + LORA_B] = (out_features, rank)
+        for name, tensor in self.full.items():
+            self.body_shapes[name + DELTA] = tuple(tensor.shape)
+        self._body = layout(self.body_shapes)
+        self._body_width = max((part.stop for part in self._body.values()), default=0)
+        self._heads: list[dict[str, Slice]] = []
+        self.values = torch.empty(0, 0, dtype=dtype)
+        self.gradients = torch.empty(0, 0, dtype=dtype)
+        self._head_tensors: list[dict[str, Tensor]] = []
+
+    def load(self, adapters: Sequence[Adapter]) -> None:
+        """Makes one lane for each adapter, replacing all lanes there were.
+
+        Args:
+            adapters: Each with the whole body; they may hold different heads.
+        """
+        self._heads = []
+        width = self._body_width
+        for adapter in adapters:
+            shapes = {name: tensor.shape for name, tensor in adapter.items() if name.startswith(HEAD)}
+            head = {
+                name: Slice(part.start + self._body_width, part.shape) for name, part in layout(shapes).items()
+            }
+            self._heads.append(head)
+            width = max([width, *(part.stop for part in head.values())])
+        device = self.backbone.device
+        self.values = torch.zeros(len(adapters), width, dtype=self.dtype, device=device)
+        self.gradients = torch.zeros_like(self.values)
+        for lane, adapter in enumerate(adapters):
+            for name, part in self._parts(lane).items():
+                value = torch.from_numpy(np.asarray(adapter[name])).to(self.values)
+                if name in self._body and name.endswith(DELTA):
+                    value = value + self._frozen[name.removesuffix(DELTA)].to(self.values)
+                self.values[lane, part.start : part.stop] = value.flatten()
+        self._bind()
+
+    def read(self, lane: int) -> dict[str, np.ndarray[Shape, np.dtype[np.float32]]]:
+        """Copies one lane's adapter out, in float32 on the CPU."""
+        out = {}
+        for name, part in self._parts(lane).items():
+            value = self.values[lane, part.start : part.stop].view(part.shape)
+            if name.endswith(DELTA):
+                value = value - self._frozen[name.removesuffix(DELTA)].to(value)
+            out[name] = value.detach().to("cpu", torch.float32, copy=True).numpy()
+        return out
+
+    def features(self, batch: Mapping[str, Tensor], active: int = 1) -> Tensor:
+        """Pools the adapted backbone's output.
+
+        Args:
+            batch: As ``backbone.pooled`` takes it, the rows ordered by lane, equally many for each.
+            active: Number of lanes in the batch, the first so many; 0 for the bare backbone.
+
+        Returns:
+            ``[rows, hidden]``.
+        """
+        self.lanes.active = active
+        return pooled(self.backbone, batch)
+
+    def logits(self, features: Tensor, lane: int, head_key: str) -> Tensor:
+        """Applies one of a lane's heads to pooled features ``[b, hidden]``; returns ``[b, outputs]``."""
+        head = self._head_tensors[lane]
+        weight, bias = head[f"{HEAD}{head_key}.weight"], head[f"{HEAD}{head_key}.bias"]
+        return F.linear(features.to(weight.dtype), weight, bias)
+
+    def restore(self) -> None:
+        """Puts the backbone's own weights back after full fine-tuning, and switches the adapters off."""
+        self.lanes.active = 0
+        with torch.no_grad():
+            for name, parameter in self.full.items():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                parameter.data = self._frozen[name].clone()
+
+    def _parts(self, lane: int) -> dict[str, Slice]:
+        return {**self._body, **self._heads[lane]}
+
+    def _bind(self) -> None:
+        """Points the layers at their columns; autograd adds each gradient in place into ``gradients``."""
+        for path, layer in self.layers.items():
+            layer.lora_A = self._leaf(slice(None), self._body[path + LORA_A])
+            layer.lora_B = self._leaf(slice(None), self._body[path + LORA_B])
+        for name, parameter in self.full.items():
+            part = self._body[name + DELTA]
+            _point(parameter, self.values[0, part.start : part.stop].view(part.shape))
+            parameter.requires_grad_(True)
+            parameter.grad = self.gradients[0, part.start : part.stop].view(part.shape)
+        self._head_tensors = [
+            {name: self._leaf(lane, part) for name, part in head.items()} for lane, head in enumerate(self._heads)
+        ]
+
+    def _leaf(self, lane: int | slice, part: Slice) -> Tensor:
+        values = self.values[lane, part.start : part.stop]
+        shape = (len(self.values), *part.shape) if isinstance(lane, slice) else part.shape
+        leaf = values.view(shape).requires_grad_()
+        leaf.grad = self.gradients[lane, part.start : part.stop].view(shape)
+        return leaf
+
+
+def _point(parameter: nn.Parameter, view: Tensor) -> None:
+    parameter.data = view

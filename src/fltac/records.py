@@ -1,0 +1,171 @@
+"""What crosses a boundary between the parties of a federation.
+
+The server sees these types and no others. None of them has room for a task's name: a client numbers its tasks
+with anonymous slots, and an adapter's head is keyed by its shape.
+
+Adapter tensors are named
+    ``<module path>.lora_A``  float32 ``[rank, in_features]``
+    ``<module path>.lora_B``  float32 ``[out_features, rank]``
+    ``head.<key>.weight``     float32 ``[outputs, hidden]``
+    ``head.<key>.bias``       float32 ``[outputs]``
+where ``<key>`` is the number of outputs (``2``), or ``<outputs>-<group>`` where the clients were told groups.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+Adapter = Mapping[str, FloatArray]
+"""The named tensors trained for one slot: LoRA factors and, where the kind has one, the head."""
+
+SlotKey = tuple[str, int]
+"""(client id, slot)."""
+
+LORA_A = ".lora_A"
+LORA_B = ".lora_B"
+HEAD = "head."
+
+
+def is_head(name: str) -> bool:
+    """True for ``head.<key>.weight`` and ``head.<key>.bias``."""
+    return name.startswith(HEAD)
+
+
+def lora_modules(adapter: Adapter) -> list[str]:
+    """The adapted modules' paths, sorted, read from the ``.lora_A`` names."""
+    return sorted(name[: -len(LORA_A)] for name in adapter if name.endswith(LORA_A) and not is_head(name))
+
+
+def head_keys(adapter: Adapter) -> list[str]:
+    """The keys of the heads an adapter holds, sorted."""
+    return sorted(name[len(HEAD) : -len(".weight")] for name in adapter if is_head(name) and name.endswith(".weight"))
+
+
+def count_parameters(adapter: Adapter) -> int:
+    """The number of float values in an adapter."""
+    return sum(tensor.size for tensor in adapter.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server sends one client of the cohort.
+
+    Attributes:
+        round_number: The round, from 1.
+        client: The client's id.
+        slots: For each slot the server knows of this client, the cluster whose adapter it continues from.
+        adapters: The clusters' adapters that ``slots`` refers to, each once.
+        initial: The first adapter v0 with one head for every head key, for slots not in ``slots``; None when the
+            client holds it already.
+    """
+
+    round_number: int
+    client: str
+    slots: Mapping[int, int]
+    adapters: Mapping[int, Adapter]
+    initial: Adapter | None
+
+
+@dataclass(frozen=True)
+class Update:
+    """One slot's trained adapter, as uploaded."""
+
+    client: str
+    slot: int
+    adapter: Adapter
+    examples: int
+
+    @property
+    def key(self) -> SlotKey:
+        return (self.client, self.slot)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """All uploads of one client in one round, or the reason why there are none."""
+
+    client: str
+    updates: tuple[Update, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A group of slots with an identity that persists over rounds.
+
+    Attributes:
+        id: Persistent number, from 0, never used again for another cluster.
+        adapter: The current mean of the members' adapters.
+        members: Slots assigned to it, sorted; empty for a cluster that kept its adapter without members.
+    """
+
+    id: int
+    adapter: Adapter
+    members: tuple[SlotKey, ...]
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server knows between two rounds; a checkpoint is exactly this.
+
+    Attributes:
+        round_number: The last finished round; 0 before the first.
+        initial: v0: the LoRA factors (A random, B zero) and one head for each head key.
+        clients: Ids of all clients, sorted.
+        clusters: In order of their ids.
+        memory: For each slot ever seen, what it has learned since each of its rounds began, summed (the layout
+            belongs to ``server.similarity``); empty for rules that do not accumulate.
+        next_cluster_id: The id that the next new cluster gets.
+    """
+
+    round_number: int
+    initial: Adapter
+    clients: tuple[str, ...]
+    clusters: tuple[Cluster, ...] = ()
+    memory: Mapping[SlotKey, Adapter] = field(default_factory=dict)
+    next_cluster_id: int = 0
+
+    def assignment(self) -> dict[SlotKey, int]:
+        """The cluster id of every slot that has one."""
+        return {key: cluster.id for cluster in self.clusters for key in cluster.members}
+
+    def received(self, key: SlotKey) -> Adapter:
+        """The adapter that a slot would be sent now: its cluster's, or v0 if it has none yet."""
+        for cluster in self.clusters:
+            if key in cluster.members:
+                return cluster.adapter
+        return self.initial
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An update (or a client's whole reply, slot None) that the server did not use, and why."""
+
+    client: str
+    slot: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What the server can say about a round.
+
+    Attributes:
+        round_number: The round, from 1.
+        cohort: Ids of the clients asked, sorted.
+        updates: The number of updates used.
+        rejections: Updates and replies not used.
+        k: The number of clusters with members; None where nothing is clustered.
+        silhouette: Mean silhouette in the space that was clustered; None where it is not defined (fewer than two
+            clusters, or as many as there are slots) or nothing is clustered.
+    """
+
+    round_number: int
+    cohort: tuple[str, ...]
+    updates: int
+    rejections: tuple[Rejection, ...]
+    k: int | None
+    silhouette: float | None

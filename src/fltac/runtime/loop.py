@@ -1,0 +1,108 @@
+"""The one loop: plan a round, exchange, finish the round, score, keep."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fltac.config import Config
+from fltac.records import Reply, Request, RoundReport, ServerState, SlotKey
+from fltac.server.round import finish_round, plan_delivery, plan_round
+
+Record = dict[str, Any]
+"""A line of ``rounds.jsonl``."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The replies of a round and what they cost.
+
+    ``loss`` is the mean training loss over all slots; None if nothing was trained.
+    """
+
+    replies: tuple[Reply, ...]
+    up_bytes: int
+    down_bytes: int
+    train_seconds: float
+    loss: float | None
+
+
+class Runtime(Protocol):
+    """What differs between a simulation and a federation over the network."""
+
+    def exchange(self, requests: Sequence[Request]) -> Exchange:
+        """Sends the requests of a round and collects the replies."""
+        ...
+
+    def deliver(self, requests: Sequence[Request]) -> tuple[list[Request], int]:
+        """Sends adapters without asking for training; returns them as received and the bytes sent."""
+        ...
+
+
+class Judge(Protocol):
+    """Scores the server's state from outside."""
+
+    def __call__(self, state: ServerState, report: RoundReport, last: bool) -> Record:
+        """Returns the keys ``tasks``, ``mean_score`` and ``clustering`` of a round's record."""
+        ...
+
+
+def federate(
+    state: ServerState,
+    rounds: int,
+    config: Config,
+    runtime: Runtime,
+    judge: Judge,
+    keep: Callable[[ServerState, Record], None],
+    on_round: Callable[[int, Sequence[Request]], None] = lambda _number, _requests: None,
+    groups: Mapping[SlotKey, int] | None = None,
+) -> ServerState:
+    """Runs the rounds that are left.
+
+    Args:
+        state: The server's state after ``state.round_number`` rounds.
+        rounds: The last round's number.
+        config: The run's configuration.
+        runtime: Simulation or network.
+        judge: The evaluator.
+        keep: Called with the state and the record after each round; it makes them last.
+        on_round: Called with a round's number and requests before they are sent.
+        groups: Opaque group numbers for the clustering rule ``given``.
+
+    Returns:
+        The state after the last round.
+    """
+    for number in range(state.round_number + 1, rounds + 1):
+        last = number == rounds
+        requests = plan_round(state, config)
+        on_round(number, requests)
+        exchange = runtime.exchange(requests)
+        start = time.perf_counter()
+        state, report = finish_round(state, requests, exchange.replies, config, groups)
+        served = time.perf_counter()
+        delivered = runtime.deliver(plan_delivery(state, config))[1] if last else 0
+        judged = judge(state, report, last)
+        sent = config.communicates
+        record = {
+            "round": number,
+            "clients": len(report.cohort),
+            "updates": report.updates,
+            "rejected": len(report.rejections),
+            **judged,
+            "bytes": {
+                "up": exchange.up_bytes if sent else 0,
+                "down": exchange.down_bytes + delivered if sent else 0,
+            },
+            "loss": exchange.loss,
+            "seconds": {
+                "train": exchange.train_seconds,
+                "server": served - start,
+                "evaluate": time.perf_counter() - served,
+            },
+        }
+        if report.rejections:
+            record["rejections"] = [
+                {"client": item.client, "slot": item.slot, "reason": item.reason} for item in report.rejections
+            ]
+        keep(state, record)
+    return state

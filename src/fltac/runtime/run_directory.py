@@ -1,0 +1,209 @@
+"""The folder that holds a run: config, manifest, one line per round, summary; every file replaced atomically.
+
+``config.yaml`` is written last of what :func:`create` writes, so a folder that has it is a run to resume, and a folder
+where a creation was killed before that may be used again.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fltac.config import Config, load_config, to_yaml
+from fltac.errors import InputError
+from fltac.runtime import provenance
+from fltac.runtime.atomic import TEMPORARY, to_json, write_atomic
+
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+ROUNDS = "rounds.jsonl"
+SUMMARY = "summary.json"
+LANES = "lanes.json"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's folder.
+
+    Attributes:
+        path: The folder, as given.
+        config: The stored configuration.
+    """
+
+    path: Path
+    config: Config
+
+    def append_round(self, record: Mapping[str, object]) -> None:
+        """Adds one line to ``rounds.jsonl`` and waits until it is on the disk."""
+        line = to_json(record) + "\n"
+        with (self.path / ROUNDS).open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The records so far, in order; a last line torn by a kill is left out.
+
+        Raises:
+            InputError: another line is not a record.
+        """
+        path = self.path / ROUNDS
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        while lines and not lines[-1].strip():
+            lines.pop()
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or type(record.get("round")) is not int:
+                    raise ValueError
+            except ValueError as error:
+                if number == len(lines):
+                    break
+                raise InputError(f"{path}: line {number} is not the record of a round") from error
+            records.append(record)
+        return records
+
+    def cut_rounds(self, round_number: int) -> None:
+        """Drops the records after a round, as a checkpoint of that round needs it.
+
+        Raises:
+            InputError: a record up to that round is missing.
+        """
+        records = [record for record in self.rounds() if record["round"] <= round_number]
+        there = {record["round"] for record in records}
+        for expected in range(1, round_number + 1):
+            if expected not in there:
+                raise InputError(
+                    f"{self.path / ROUNDS}: the record of round {expected} is missing, but there is a checkpoint of "
+                    f"round {round_number}"
+                )
+        write_atomic(self.path / ROUNDS, "".join(to_json(record) + "\n" for record in records).encode())
+
+    def write_summary(self, summary: Mapping[str, object]) -> None:
+        """Replaces ``summary.json``."""
+        write_atomic(self.path / SUMMARY, (to_json(summary, indent=2) + "\n").encode())
+
+    def summary(self) -> dict[str, Any] | None:
+        """What ``summary.json`` holds; None where there is none yet. Raises InputError where it is damaged."""
+        return _read_json(self.path / SUMMARY)
+
+    def write_lanes(self, plan: Mapping[str, object]) -> None:
+        """Stores the lane plan, which is fixed for the whole run since it changes rounding."""
+        write_atomic(self.path / LANES, (to_json(plan, indent=2) + "\n").encode())
+
+    def lanes(self) -> dict[str, Any] | None:
+        """The stored lane plan; None where there is none yet. Raises InputError where it is damaged."""
+        return _read_json(self.path / LANES)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What ``manifest.json`` holds. Raises InputError where it is damaged."""
+        return _read_json(self.path / MANIFEST)
+
+
+def refuse_occupied(out: Path) -> None:
+    """Checks, before anything expensive, that a run may be written to ``out``.
+
+    Raises:
+        InputError: ``out`` is a file, or a folder that is not empty.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file; expected a folder that is empty or does not exist")
+    foreign = [p.name for p in out.iterdir() if not _is_leftover(p.name)] if out.exists() else []
+    if not foreign:
+        return
+    if CONFIG in foreign:
+        raise InputError(
+            f"--out: {out} is not empty; continue it with `fltac resume {out}`, or choose another --out"
+        )
+    raise InputError(
+        f"--out: {out} is not empty and holds no run (there is {sorted(foreign)[0]}); choose another --out"
+    )
+
+
+def create(
+    out: Path, config: Config, fingerprints: Mapping[str, object] | None = None, gpu: str | None = None
+) -> RunDirectory:
+    """Makes the folder of a new run with its config and manifest.
+
+    Args:
+        out: A folder that does not exist or is empty.
+        config: Stored fully resolved.
+        fingerprints: Of the data and the backbone, for the manifest.
+        gpu: The accelerator's name, for the manifest.
+
+    Raises:
+        InputError: see :func:`refuse_occupied`, or the folder cannot be made.
+    """
+    refuse_occupied(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be made: {error.strerror}") from error
+    manifest = {
+        "versions": provenance.versions(),
+        "git": provenance.git_state(),
+        "hardware": provenance.hardware(gpu),
+        "seed": config.federation.seed,
+        "command": provenance.command_line(),
+        "fingerprints": dict(fingerprints or {}),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_atomic(out / MANIFEST, (to_json(manifest, indent=2) + "\n").encode())
+    write_atomic(out / CONFIG, to_yaml(config).encode())
+    return RunDirectory(out, config)
+
+
+def open_existing(path: Path, config: Config | None = None) -> RunDirectory:
+    """Opens a run directory.
+
+    Args:
+        path: The folder.
+        config: Where given, it has to equal the stored one (``output.dir`` aside).
+
+    Raises:
+        InputError: not a run directory, a stored config that cannot be read, or one that differs from ``config``;
+            the line names the first differing key with both values.
+    """
+    if not path.is_dir():
+        raise InputError(f"run directory {path}: no such folder")
+    if not (path / CONFIG).is_file():
+        raise InputError(f"run directory {path}: it has no {CONFIG}, so it is not the folder of a run")
+    stored = load_config(path / CONFIG)
+    if config is not None:
+        ours, theirs = dict(_leaves(config.model_dump())), dict(_leaves(stored.model_dump()))
+        for key in [*theirs, *(key for key in ours if key not in theirs)]:
+            if key != "output.dir" and ours.get(key, "absent") != theirs.get(key, "absent"):
+                raise InputError(
+                    f"run directory {path} belongs to another config: {key} is {theirs.get(key, 'absent')!r} there, "
+                    f"but {ours.get(key, 'absent')!r} in the given one"
+                )
+    return RunDirectory(path, stored)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_leftover(name: str) -> bool:
+    """True for what a killed creation may have left: temporary files, and a manifest (alone: see CONFIG)."""
+    return name.startswith(TEMPORARY) or name == MANIFEST
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        tree = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(tree).__name__}")
+    return tree

@@ -1,0 +1,174 @@
+"""From a configuration to everything that a run needs: tasks, backbone, partition, clients, the truth about them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fltac.builtin import builtin_folder
+from fltac.client.client import Client, LocalTask, local_steps
+from fltac.config import Config, TrainingConfig
+from fltac.data.encoded import EncodedTask, load_tasks
+from fltac.data.partition import Partition, make_partition
+from fltac.errors import InputError
+from fltac.evaluation import Holding
+from fltac.model.backbone import Backbone, load_backbone
+from fltac.model.lanes import LaneModel
+from fltac.model.targets import find_targets, layer_shapes
+from fltac.paths import BUILTIN, resolve
+from fltac.records import SlotKey
+
+ROWS_PER_PASS = 64
+"""What ``training.lanes: auto`` aims at: more rows in a pass did not make it faster on a CPU."""
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run's parts.
+
+    Attributes:
+        config: The configuration.
+        tasks: Encoded, by name.
+        partition: Which training rows each client holds of each task.
+        backbone: Frozen.
+        modules: The adapted modules' paths and (in_features, out_features); empty for full fine-tuning.
+        model: The backbone with its lanes.
+        clients: By id; those without any rows are left out.
+        holdings: The truth about every local task.
+        head_shapes: Head key to (outputs, hidden).
+    """
+
+    config: Config
+    tasks: Mapping[str, EncodedTask]
+    partition: Partition
+    backbone: Backbone
+    modules: Mapping[str, tuple[int, int]]
+    model: LaneModel
+    clients: Mapping[str, Client]
+    holdings: Sequence[Holding]
+    head_shapes: Mapping[str, tuple[int, int]]
+
+    @property
+    def groups(self) -> dict[SlotKey, int]:
+        """The true task of every slot as an opaque number."""
+        numbers = {name: number for number, name in enumerate(self.tasks)}
+        return {holding.key: numbers[holding.task] for holding in self.holdings}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the backbone's weights and of every task's encoded rows."""
+        out = {"backbone": self.backbone.fingerprint}
+        for name, task in self.tasks.items():
+            out[f"{name}.train"] = task.train.fingerprint
+            out[f"{name}.validation"] = task.validation.fingerprint
+        return out
+
+
+def backbone_folder(config: Config) -> str:
+    """Where the backbone lies; a builtin one is made at first use."""
+    name = config.backbone.name
+    if name.startswith(BUILTIN):
+        return str(builtin_folder(name))
+    return resolve(name, "backbone.name")
+
+
+def load_partition(config: Config) -> tuple[dict[str, EncodedTask], Partition]:
+    """Loads and encodes the tasks, and splits their training rows over the clients."""
+    tasks = load_tasks(config, backbone_folder(config))
+    labels = {name: np.asarray(task.train.labels) for name, task in tasks.items()}
+    return tasks, make_partition(config, labels)
+
+
+def prepare(config: Config) -> Experiment:
+    """Builds everything.
+
+    Raises:
+        InputError: anything in the configuration, the data or the backbone is wrong.
+    """
+    tasks, partition = load_partition(config)
+    kinds = {task.kind for task in tasks.values()}
+    if len(kinds) > 1:
+        named = ", ".join(f"{task.name} ({task.kind})" for task in tasks.values())
+        raise InputError(f"tasks: one backbone reads one kind, got {named}")
+    backbone = load_backbone(config.backbone, kinds.pop(), backbone_folder(config))
+    full = config.training.trainable == "all"
+    paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)
+    modules = layer_shapes(backbone.model, paths)
+    precision = choose_precision(config.training, backbone.device)
+    backbone.model.to(precision)
+    dtype = torch.float64 if precision == torch.float64 else torch.float32
+    model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
+    clients, holdings = build_clients(config, partition, tasks)
+    heads = {
+        local.head_key: (local.task.outputs, backbone.hidden)
+        for client in clients.values()
+        for locals_ in client.slots.values()
+        for local in locals_
+    }
+    return Experiment(
+        config, tasks, partition, backbone, modules, model, clients, holdings, dict(sorted(heads.items()))
+    )
+
+
+def choose_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 on a GPU that has it, else float32."""
+    if config.precision != "auto":
+        return PRECISIONS[config.precision]
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if cuda else torch.float32
+
+
+def choose_lanes(config: TrainingConfig) -> int:
+    """How many adapters share a pass; full fine-tuning has the backbone for itself."""
+    if config.trainable == "all":
+        return 1
+    return max(1, ROWS_PER_PASS // config.batch_size) if config.lanes == "auto" else config.lanes
+
+
+def build_clients(
+    config: Config, partition: Partition, tasks: Mapping[str, EncodedTask]
+) -> tuple[dict[str, Client], list[Holding]]:
+    """Makes the participants and notes the truth about them.
+
+    With ``federation.pool`` there is one for each task, which makes in one round the steps that the task's slots
+    (``sum``), or one slot (``single``), would make over all rounds.
+    """
+    if config.pooled:
+        return _pooled_clients(config, partition, tasks)
+    shared = config.training.adapters == "shared"
+    numbers = {name: number for number, name in enumerate(tasks)}
+    clients, holdings = {}, []
+    for client in partition.clients:
+        slots: dict[int, tuple[LocalTask, ...]] = {}
+        for index, name in enumerate(partition.client_tasks(client)):
+            task, rows = tasks[name], partition.rows[client, name]
+            told = shared and config.training.heads == "per-task"
+            key = f"{task.outputs}-{numbers[name]}" if told else str(task.outputs)
+            slot = 0 if shared else index
+            local = LocalTask(task, rows, key, local_steps(config.training, len(rows)))
+            slots[slot] = (*slots.get(slot, ()), local)
+            holdings.append(Holding(client, slot, name, key))
+        if slots:
+            clients[client] = Client(client, slots)
+    return clients, holdings
+
+
+def _pooled_clients(
+    config: Config, partition: Partition, tasks: Mapping[str, EncodedTask]
+) -> tuple[dict[str, Client], list[Holding]]:
+    clients, holdings = {}, []
+    for name, task in tasks.items():
+        parts = [rows for (_, held), rows in partition.rows.items() if held == name]
+        if not parts:
+            continue
+        steps = [local_steps(config.training, len(rows)) for rows in parts]
+        each = sum(steps) if config.federation.pool == "sum" else max(steps)
+        rows = np.sort(np.concatenate(parts))
+        client, key = f"pool-{len(clients)}", str(task.outputs)
+        local = LocalTask(task, rows, key, each * config.federation.rounds)
+        clients[client] = Client(client, {0: (local,)})
+        holdings.append(Holding(client, 0, name, key))
+    return clients, holdings

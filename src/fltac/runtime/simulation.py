@@ -1,0 +1,66 @@
+"""In-process federation: all clients in one process around one frozen backbone, every payload encoded as on a wire."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fltac.client.client import Client, plan_jobs, reply_of
+from fltac.client.training import Trained, train
+from fltac.config import Config
+from fltac.model.lanes import LaneModel
+from fltac.records import Adapter, Reply, Request
+from fltac.runtime.loop import Exchange
+from fltac.wire.codec import decode_reply, decode_request, encode_reply, encode_request
+
+
+@dataclass
+class Simulation:
+    """Answers requests in this process.
+
+    Attributes:
+        clients: By id.
+        model: The backbone with its lanes.
+        config: The run's configuration.
+        lanes: How many adapters share a pass; they may belong to different clients.
+        initial: v0, which a client keeps once it has received it.
+        on_trained: Called after each slot's training.
+    """
+
+    clients: Mapping[str, Client]
+    model: LaneModel
+    config: Config
+    lanes: int
+    initial: Adapter
+    on_trained: Callable[[Trained], None] = lambda _: None
+
+    def exchange(self, requests: Sequence[Request]) -> Exchange:
+        """Sends the requests, trains, and collects the replies."""
+        start = time.perf_counter()
+        received, down_bytes = self.deliver(requests)
+        jobs = [
+            job
+            for request in received
+            for job in plan_jobs(self.clients[request.client], request, self.initial, self.config)
+        ]
+        trained = train(
+            self.model, jobs, self.config.training, self.config.lora.dropout, self.lanes, self.on_trained
+        )
+        by_client: dict[str, list[Trained]] = {request.client: [] for request in received}
+        for result in trained:
+            by_client[result.job.client].append(result)
+        replies, up_bytes = [], 0
+        for client, own in by_client.items():
+            payload = encode_reply(reply_of(self.clients[client], own), self.config.wire.dtype)
+            up_bytes += len(payload)
+            replies.append(decode_reply(payload))
+        loss = sum(result.loss for result in trained) / len(trained) if trained else None
+        return Exchange(tuple(replies), up_bytes, down_bytes, time.perf_counter() - start, loss)
+
+    def deliver(self, requests: Sequence[Request]) -> tuple[list[Request], int]:
+        """Encodes and decodes requests; returns them as the clients see them, and their bytes."""
+        received, size = [], 0
+        for request in requests:
+            payload = encode_request(request, self.config.wire.dtype)
+            size += len(payload)
+            received.append(decode_request(payload))
+        return received, size

@@ -1,0 +1,230 @@
+"""One lane against plain PEFT training, and G lanes against G separate runs, on equal batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel
+
+from fltac.client.training import Step, TrainJob, plan_lanes, train, train_group
+from fltac.config import BackboneConfig, TrainingConfig
+from fltac.model.backbone import load_backbone
+from fltac.model.lanes import LaneModel
+
+STEPS, ROWS = 20, 4
+SCALING = 4.0
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows of random tokens with the interface of ``data.encoded.Split``."""
+
+    tokens: list[np.ndarray]
+    labels: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self.tokens])
+
+    def batch(self, rows: np.ndarray, pad_to: int | None = None) -> dict[str, np.ndarray]:
+        length = pad_to or max(len(self.tokens[row]) for row in rows)
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for line, row in enumerate(rows):
+            ids[line, : len(self.tokens[row])] = self.tokens[row]
+            mask[line, : len(self.tokens[row])] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class Task:
+    train: TextRows
+    outputs: int
+    kind: str = "text"
+
+
+def make_task(seed: int, outputs: int = 2, shortest: int = 3, longest: int = 12) -> Task:
+    draw = np.random.default_rng(seed)
+    tokens = [draw.integers(1, 50, draw.integers(shortest, longest + 1)) for _ in range(30)]
+    return Task(TextRows(tokens, draw.integers(0, outputs, 30)), outputs)
+
+
+def make_job(model: LaneModel, client: str, seed: int, steps: int = STEPS, **task: int) -> TrainJob:
+    draw = np.random.default_rng(seed)
+    data = make_task(seed, **task)
+    start = {name: draw.normal(size=shape).astype(np.float32) * 0.1 for name, shape in model.body_shapes.items()}
+    hidden = model.backbone.hidden
+    start[f"head.{data.outputs}.weight"] = draw.normal(size=(data.outputs, hidden)).astype(np.float32) * 0.1
+    start[f"head.{data.outputs}.bias"] = np.zeros(data.outputs, dtype=np.float32)
+    batches = [Step(data, str(data.outputs), draw.choice(30, ROWS, replace=False)) for _ in range(steps)]
+    return TrainJob(client, 0, start, batches, 30, dropout_seed=seed)
+
+
+def make_model(folder: Path, dtype: torch.dtype) -> LaneModel:
+    backbone = load_backbone(BackboneConfig(name=str(folder), device="cpu"), "text")
+    backbone.model.to(dtype)
+    modules = {
+        name: (16, 16) for name, _ in backbone.model.named_modules() if name.endswith((".query", ".value"))
+    }
+    return LaneModel(backbone, modules, rank=2, scaling=SCALING, dtype=dtype)
+
+
+def peft_training(folder: Path, job: TrainJob, config: TrainingConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same training written with PEFT and torch.optim alone."""
+    base = AutoModel.from_pretrained(folder, add_pooling_layer=False, dtype=dtype)
+    settings = LoraConfig(r=2, lora_alpha=2 * SCALING, target_modules=["query", "value"], lora_dropout=0.0)
+    model = get_peft_model(base, settings).eval()
+    names = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            ours = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            parameter.data = torch.tensor(job.start[ours], dtype=dtype)
+            names[ours] = parameter
+    head = torch.nn.Linear(16, job.steps[0].task.outputs).to(dtype)
+    key = job.steps[0].head_key
+    head.weight.data = torch.tensor(job.start[f"head.{key}.weight"], dtype=dtype)
+    head.bias.data = torch.tensor(job.start[f"head.{key}.bias"], dtype=dtype)
+    names |= {f"head.{key}.weight": head.weight, f"head.{key}.bias": head.bias}
+    parameters = list(names.values())
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+    received = [parameter.detach().clone() for parameter in parameters]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1 - step / STEPS if config.schedule == "linear" else 1.0
+    )
+    for step in job.steps:
+        batch = {name: torch.from_numpy(value) for name, value in step.task.train.batch(step.rows).items()}
+        states = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(dtype)
+        features = (states * mask).sum(1) / mask.sum(1)
+        loss = F.cross_entropy(head(features), torch.from_numpy(step.task.train.labels[step.rows]))
+        for parameter, first in zip(parameters, received, strict=True):
+            loss = loss + 0.5 * config.prox * (parameter - first).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        optimizer.step()
+        schedule.step()
+    return {name: parameter.detach() for name, parameter in names.items()}
+
+
+def trained_values(model: LaneModel, lane: int) -> dict[str, torch.Tensor]:
+    """The lane's tensors in the model's own precision (``read`` rounds to float32)."""
+    return {
+        name: model.values[lane, part.start : part.stop].view(part.shape).clone()
+        for name, part in model._parts(lane).items()
+    }
+
+
+def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((torch.as_tensor(one[name]) - torch.as_tensor(other[name])).abs().max()) for name in one)
+
+
+SETTINGS = {
+    "adamw": TrainingConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1),
+    "adamw-linear": TrainingConfig(lr=1e-2, clip_norm=None, schedule="linear"),
+    "sgd-momentum": TrainingConfig(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01, clip_norm=1.0),
+    "prox": TrainingConfig(optimizer="sgd", lr=0.1, prox=0.5, clip_norm=0.1),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_one_lane_equals_peft(tiny_bert: Path, setting: str, dtype: torch.dtype, tolerance: float) -> None:
+    model = make_model(tiny_bert, dtype)
+    job = make_job(model, "a", seed=1)
+    train_group(model, [job], SETTINGS[setting], dropout=0.0)
+    ours = trained_values(model, 0)
+    theirs = peft_training(tiny_bert, job, SETTINGS[setting], dtype)
+    assert largest_difference(ours, theirs) < tolerance
+    start = {name: torch.from_numpy(value) for name, value in job.start.items()}
+    assert largest_difference(ours, start) > 1e-2, "nothing was trained"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lanes_equal_separate_runs(tiny_bert: Path, dtype: torch.dtype, tolerance: float, dropout: float) -> None:
+    """Lanes of other lengths, other heads and fewer steps beside it change nothing for a lane."""
+    model = make_model(tiny_bert, dtype)
+    config = TrainingConfig(lr=1e-2, clip_norm=0.05, schedule="cosine", warmup_steps=3)
+    jobs = [
+        make_job(model, "a", seed=1),
+        make_job(model, "b", seed=2, outputs=3, longest=6),
+        make_job(model, "c", seed=3, steps=11, shortest=10),
+    ]
+    train_group(model, jobs, config, dropout)
+    together = [trained_values(model, lane) for lane in range(3)]
+    for lane, job in enumerate(jobs):
+        train_group(model, [job], config, dropout)
+        assert largest_difference(together[lane], trained_values(model, 0)) < tolerance
+
+
+def test_dropout_changes_the_result(tiny_bert: Path) -> None:
+    model = make_model(tiny_bert, torch.float32)
+    job = make_job(model, "a", seed=1)
+    plain = train_group(model, [job], SETTINGS["adamw"], 0.0)[0].adapter
+    dropped = train_group(model, [job], SETTINGS["adamw"], 0.3)[0].adapter
+    assert largest_difference(dict(plain), dict(dropped)) > 1e-4
+
+
+def test_results_come_in_the_order_of_the_jobs_whatever_the_lanes(tiny_bert: Path) -> None:
+    model = make_model(tiny_bert, torch.float32)
+    jobs = [make_job(model, name, seed) for seed, name in enumerate("dbca")]
+    alone = train(model, jobs, SETTINGS["adamw"], 0.0, lanes=1)
+    grouped = train(model, jobs, SETTINGS["adamw"], 0.0, lanes=3)
+    assert [result.job.client for result in grouped] == list("dbca")
+    for one, other in zip(alone, grouped, strict=True):
+        assert largest_difference(dict(one.adapter), dict(other.adapter)) < 1e-4
+        assert one.loss == pytest.approx(other.loss, abs=1e-5)
+
+
+def test_plan_lanes_does_not_depend_on_the_order(tiny_bert: Path) -> None:
+    model = make_model(tiny_bert, torch.float32)
+    jobs = [make_job(model, name, seed) for seed, name in enumerate("abcde")]
+    plan = [[job.client for job in group] for group in plan_lanes(jobs, 2)]
+    assert plan == [[job.client for job in group] for group in plan_lanes(jobs[::-1], 2)]
+    assert sorted(len(group) for group in plan) == [1, 2, 2]
+
+
+def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path) -> None:
+    backbone = load_backbone(BackboneConfig(name=str(tiny_bert), device="cpu"), "text")
+    model = LaneModel(backbone, {}, rank=1, scaling=1.0)
+    draw = make_job(model, "a", seed=1)
+    start = {
+        name: np.zeros_like(tensor) if name.endswith(".delta") else tensor for name, tensor in draw.start.items()
+    }
+    job = TrainJob("a", 0, start, draw.steps, 30, 0)
+    config = TrainingConfig(optimizer="sgd", lr=0.05, clip_norm=None)
+    result = train_group(model, [job], config, 0.0)[0].adapter
+    model.restore()
+
+    reference = AutoModel.from_pretrained(tiny_bert, add_pooling_layer=False)
+    weights = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    for name, tensor in backbone.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    head = torch.nn.Linear(16, 2)
+    head.weight.data = torch.tensor(start["head.2.weight"])
+    head.bias.data = torch.tensor(start["head.2.bias"])
+    optimizer = torch.optim.SGD([*reference.eval().parameters(), *head.parameters()], lr=0.05)
+    for step in job.steps:
+        batch = {name: torch.from_numpy(value) for name, value in step.task.train.batch(step.rows).items()}
+        states, mask = reference(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1).float()
+        loss = F.cross_entropy(head((states * mask).sum(1) / mask.sum(1)), torch.from_numpy(step.task.train.labels[step.rows]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, parameter in reference.named_parameters():
+        expected = (parameter.detach() - weights[name]).numpy()
+        np.testing.assert_allclose(result[f"{name}.delta"], expected, atol=1e-5)

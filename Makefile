@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python benchmarks/demo.py $(DEMO_METHODS)
+	$(BIN)/python benchmarks/methods.py configs/quickstart.yaml --methods $(DEMO_METHODS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

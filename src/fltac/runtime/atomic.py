@@ -36,7 +36,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Writes a file and waits until it is on the disk; for files inside a folder that is renamed afterwards."""
+    """Writes a file and waits until it is on the disk; for files in a folder that is renamed afterwards."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -61,7 +61,7 @@ def to_json(value: object, indent: int | None = None) -> str:
     Raises:
         TypeError: a value of a type that has no place in JSON.
     """
-    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 
 def _plain(value: object) -> Any:

@@ -1,8 +1,8 @@
-"""The server's state on disk, exact to the bit, written so that a kill at any moment leaves a whole checkpoint.
+"""The server's state on disk, exact to the bit; a kill at any moment leaves the last whole checkpoint.
 
-``<run>/checkpoints/round-0007/`` holds ``state.safetensors`` (all arrays) and ``state.json`` (everything else, with
-the SHA-256 of both). A checkpoint is written under a temporary name in the same folder and renamed, so what has its
-proper name is complete; leftovers of a killed write are ignored, and removed by the next save.
+``<run>/checkpoints/round-0007/`` holds ``state.safetensors`` (all arrays) and ``state.json`` (everything
+else, with the SHA-256 of both). A checkpoint is written under a temporary name beside it and renamed, so
+what has its proper name is complete; leftovers of a killed write are ignored, and removed by the next save.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,13 @@ REPLACED = ".replaced"
 """Suffix of a checkpoint that is being written again, for the moment between the two renames."""
 
 Tensors = dict[str, NDArray[Any]]
-Checkpoint = tuple[ServerState, dict[str, Any]]
+
+
+class Checkpoint(NamedTuple):
+    """What :func:`save_checkpoint` was given."""
+
+    state: ServerState
+    extra: dict[str, Any]
 
 
 def save_checkpoint(run_dir: Path, state: ServerState, extra: Mapping[str, object], keep: int = 2) -> Path:
@@ -41,7 +47,7 @@ def save_checkpoint(run_dir: Path, state: ServerState, extra: Mapping[str, objec
     Args:
         run_dir: The run directory.
         state: What the server knows; arrays of any dtype are kept as they are.
-        extra: JSON-able values to keep with it.
+        extra: JSON-able values to keep with it (a float that is not finite comes back as None).
         keep: How many checkpoints stay.
 
     Returns:
@@ -103,6 +109,12 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
         raise InputError(f"{error}; {hint}") from error
 
 
+def newest_folder(run_dir: Path) -> Path | None:
+    """The newest checkpoint's folder, whole or damaged; None where there is none."""
+    folders = _folders(run_dir / FOLDER)
+    return folders[0] if folders else None
+
+
 def _flatten(state: ServerState) -> tuple[Tensors, dict[str, object]]:
     """All arrays under unique names, and the rest with the names in their order."""
     tensors: Tensors = {}
@@ -159,16 +171,14 @@ def _read(folder: Path) -> Checkpoint:
     text, blob = _bytes(text_path), _bytes(tensors_path)
     try:
         tree = json.loads(text)
-        if tree["format"] != FORMAT:
-            raise InputError(f"damaged checkpoint: {text_path}: format {tree['format']!r}; expected {FORMAT}")
-        content = tree["content"]
+        version, content = tree["format"], tree["content"]
         content_sha256, tensors_sha256 = tree["content_sha256"], tree["tensors_sha256"]
     except KeyError as error:
         raise InputError(f"damaged checkpoint: {text_path}: the key {error} is missing") from error
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"damaged checkpoint: {text_path}: not the JSON of a checkpoint") from error
+    if version != FORMAT:
+        raise InputError(f"damaged checkpoint: {text_path}: format {version!r}; expected {FORMAT}")
     if _sha256(to_json(content).encode()) != content_sha256:
         raise InputError(f"damaged checkpoint: {text_path}: its content does not match its SHA-256")
     if _sha256(blob) != tensors_sha256:
@@ -177,7 +187,7 @@ def _read(folder: Path) -> Checkpoint:
         )
     try:
         tensors = load_tensors(blob)
-        return _unflatten(tensors, content), content["extra"]
+        return Checkpoint(_unflatten(tensors, content), content["extra"])
     except KeyError as error:
         raise InputError(f"damaged checkpoint: {folder}: the key {error} is missing") from error
     except (TypeError, ValueError, SafetensorError) as error:
@@ -200,7 +210,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The checkpoints, newest first; one that was being written again stands in where its successor is missing."""
+    """The checkpoints, newest first; one that was being replaced stands in where its successor is missing."""
     found: dict[int, Path] = {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         match = re.fullmatch(rf"round-(\d{{4,}})({re.escape(REPLACED)})?", path.name)

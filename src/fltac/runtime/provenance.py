@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,8 +39,8 @@ def git_state(folder: Path | None = None) -> dict[str, str | bool] | None:
     """The commit that a folder (default: this package's own) is checked out from, and whether it was changed.
 
     Returns:
-        ``{"commit": <40 hex digits>, "dirty": bool}``; None where git is missing, nothing is committed yet, or the
-        folder is not tracked, as an installed copy inside somebody else's checkout is not.
+        ``{"commit": <40 hex digits>, "dirty": bool}``; None where git is missing, nothing is committed yet,
+        or the folder is not tracked, as an installed copy inside somebody else's checkout is not.
     """
     folder = folder or Path(__file__).resolve().parents[1]
     commit = _git(folder, "rev-parse", "HEAD")
@@ -54,7 +53,7 @@ def git_state(folder: Path | None = None) -> dict[str, str | bool] | None:
 
 
 def hardware(gpu: str | None = None) -> dict[str, str | int | None]:
-    """Processor model, cores this process may use, memory in bytes, and the accelerator's name as passed in."""
+    """Processor model, cores this process may use, memory in bytes, the accelerator's name as passed in."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -67,14 +66,8 @@ def hardware(gpu: str | None = None) -> dict[str, str | int | None]:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> list[str]:
-    """The command with paths as given, except that an absolute path (also after ``=``) is cut to its last part."""
+    """The command as given, except that an absolute path (also after ``=``) is cut to its last part."""
     return [_without_folder(argument) for argument in (sys.argv if arguments is None else arguments)]
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _without_folder(argument: str) -> str:

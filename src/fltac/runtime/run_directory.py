@@ -1,11 +1,13 @@
-"""The folder that holds a run: config, manifest, one line per round, summary; every file replaced atomically.
+"""The folder that holds a run: config, manifest, one line per round, summary; files replaced atomically.
 
-``config.yaml`` is written last of what :func:`create` writes, so a folder that has it is a run to resume, and a folder
-where a creation was killed before that may be used again.
+``config.yaml`` is written last of what :func:`create` writes, so a folder that has it is a run to resume, and
+a folder where a creation was killed before that may be used again.
 """
 
 import json
 import os
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ MANIFEST = "manifest.json"
 ROUNDS = "rounds.jsonl"
 SUMMARY = "summary.json"
 LANES = "lanes.json"
+EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class RunDirectory:
         for expected in range(1, round_number + 1):
             if expected not in there:
                 raise InputError(
-                    f"{self.path / ROUNDS}: the record of round {expected} is missing, but there is a checkpoint of "
-                    f"round {round_number}"
+                    f"{self.path / ROUNDS}: the record of round {expected} is missing, but there is a "
+                    f"checkpoint of round {round_number}"
                 )
         write_atomic(self.path / ROUNDS, "".join(to_json(record) + "\n" for record in records).encode())
 
@@ -88,8 +91,12 @@ class RunDirectory:
         write_atomic(self.path / SUMMARY, (to_json(summary, indent=2) + "\n").encode())
 
     def summary(self) -> dict[str, Any] | None:
-        """What ``summary.json`` holds; None where there is none yet. Raises InputError where it is damaged."""
+        """What ``summary.json`` holds; None where there is none. Raises InputError where it is damaged."""
         return _read_json(self.path / SUMMARY)
+
+    def write_evaluation(self, record: Mapping[str, object]) -> None:
+        """Replaces ``evaluation.json``, the scores of an evaluation apart from the run's own."""
+        write_atomic(self.path / EVALUATION, (to_json(record, indent=2) + "\n").encode())
 
     def write_lanes(self, plan: Mapping[str, object]) -> None:
         """Stores the lane plan, which is fixed for the whole run since it changes rounding."""
@@ -111,17 +118,15 @@ def refuse_occupied(out: Path) -> None:
         InputError: ``out`` is a file, or a folder that is not empty.
     """
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file; expected a folder that is empty or does not exist")
+        raise InputError(f"{out} is a file; expected a folder that is empty or does not exist")
     foreign = [p.name for p in out.iterdir() if not _is_leftover(p.name)] if out.exists() else []
     if not foreign:
         return
     if CONFIG in foreign:
         raise InputError(
-            f"--out: {out} is not empty; continue it with `fltac resume {out}`, or choose another --out"
+            f"{out} is not empty; continue it with `fltac resume {out}`, or choose another --out"
         )
-    raise InputError(
-        f"--out: {out} is not empty and holds no run (there is {sorted(foreign)[0]}); choose another --out"
-    )
+    raise InputError(f"{out} is not empty and holds no run (there is {min(foreign)}); choose another folder")
 
 
 def create(
@@ -139,10 +144,6 @@ def create(
         InputError: see :func:`refuse_occupied`, or the folder cannot be made.
     """
     refuse_occupied(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: {out} cannot be made: {error.strerror}") from error
     manifest = {
         "versions": provenance.versions(),
         "git": provenance.git_state(),
@@ -152,8 +153,12 @@ def create(
         "fingerprints": dict(fingerprints or {}),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_atomic(out / MANIFEST, (to_json(manifest, indent=2) + "\n").encode())
-    write_atomic(out / CONFIG, to_yaml(config).encode())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / MANIFEST, (to_json(manifest, indent=2) + "\n").encode())
+        write_atomic(out / CONFIG, to_yaml(config).encode())
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from error
     return RunDirectory(out, config)
 
 
@@ -165,8 +170,8 @@ def open_existing(path: Path, config: Config | None = None) -> RunDirectory:
         config: Where given, it has to equal the stored one (``output.dir`` aside).
 
     Raises:
-        InputError: not a run directory, a stored config that cannot be read, or one that differs from ``config``;
-            the line names the first differing key with both values.
+        InputError: not a run directory, a stored config that cannot be read, or one that differs from
+            ``config``; the line names the first differing key with both values.
     """
     if not path.is_dir():
         raise InputError(f"run directory {path}: no such folder")
@@ -178,10 +183,16 @@ def open_existing(path: Path, config: Config | None = None) -> RunDirectory:
         for key in [*theirs, *(key for key in ours if key not in theirs)]:
             if key != "output.dir" and ours.get(key, "absent") != theirs.get(key, "absent"):
                 raise InputError(
-                    f"run directory {path} belongs to another config: {key} is {theirs.get(key, 'absent')!r} there, "
-                    f"but {ours.get(key, 'absent')!r} in the given one"
+                    f"run directory {path} belongs to another config: {key} is {theirs.get(key, 'absent')!r} "
+                    f"there, but {ours.get(key, 'absent')!r} in the given one"
                 )
     return RunDirectory(path, stored)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

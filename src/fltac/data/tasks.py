@@ -1,0 +1,229 @@
+"""Tasks by name: presets for GLUE, CIFAR and the built-in digits, and what a config's task comes to.
+
+GLUE: arXiv 1804.07461. The paper (arXiv 2404.15384) scores SST-2, MRPC, QQP, QNLI, RTE and CIFAR by accuracy.
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fltac.config import TaskConfig
+from fltac.errors import InputError
+from fltac.paths import BUILTIN, expand, resolve
+
+Kind = Literal["text", "image"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson"]
+
+GLUE = "nyu-mll/glue"
+DIGITS = "builtin:digits"
+
+
+def _glue(
+    subset: str, columns: list[str], metric: Metric = "accuracy", validation_split: str = "validation"
+) -> TaskConfig:
+    return TaskConfig(
+        kind="text",
+        hub=GLUE,
+        subset=subset,
+        validation_split=validation_split,
+        columns=columns,
+        label="label",
+        metric=metric,
+    )
+
+
+def _cifar(name: str, label: str) -> TaskConfig:
+    return TaskConfig(
+        kind="image",
+        hub=f"uoft-cs/{name}",
+        validation_split="test",
+        columns=["img"],
+        label=label,
+        metric="accuracy",
+    )
+
+
+def _digits() -> TaskConfig:
+    return TaskConfig(
+        kind="image", path=DIGITS, validation=0.25, columns=["image"], label="label", metric="accuracy"
+    )
+
+
+TASK_PRESETS: dict[str, TaskConfig] = {
+    "sst2": _glue("sst2", ["sentence"]),
+    "mrpc": _glue("mrpc", ["sentence1", "sentence2"]),
+    "qqp": _glue("qqp", ["question1", "question2"]),
+    "qnli": _glue("qnli", ["question", "sentence"]),
+    "rte": _glue("rte", ["sentence1", "sentence2"]),
+    "cola": _glue("cola", ["sentence"], metric="matthews"),
+    "mnli": _glue("mnli", ["premise", "hypothesis"], validation_split="validation_matched"),
+    "stsb": _glue("stsb", ["sentence1", "sentence2"], metric="pearson"),
+    "cifar10": _cifar("cifar10", "label"),
+    "cifar100": _cifar("cifar100", "fine_label"),
+    "digits-parity": _digits(),
+    "digits-high": _digits(),
+    "digits-loop": _digits(),
+    "digits-three": _digits(),
+}
+"""Settings that a task of this name gets where its config says nothing else."""
+
+
+@dataclass(frozen=True)
+class ResolvedTask:
+    """A task with everything filled in. Exactly one of ``hub``, ``path`` and ``builtin`` is set.
+
+    Attributes:
+        name: As in the config.
+        kind: What a row holds.
+        hub: Hub id; ``subset`` is its configuration.
+        path: Local file or folder, expanded.
+        path_key: The config key that ``path`` comes from, for errors.
+        builtin: Name of the preset whose rows come with the package.
+        train_split: Where the training rows are.
+        validation_split: Where the validation rows are; None to look for one of the usual names.
+        validation_path: File or image folder with the validation rows, expanded.
+        validation: Share of the training rows held out for validation; None to hold out only where the data
+            has no validation split.
+        columns: One or two text columns, or one image column.
+        label: Label column.
+        labels: Class names in the order of their numbers; None to take them from the data.
+        metric: Pearson makes the task a regression.
+        max_rows: Training rows to use at most.
+    """
+
+    name: str
+    kind: Kind
+    hub: str | None
+    subset: str | None
+    path: str | None
+    path_key: str
+    builtin: str | None
+    train_split: str
+    validation_split: str | None
+    validation_path: str | None
+    validation: float | None
+    columns: tuple[str, ...]
+    label: str
+    labels: tuple[str, ...] | None
+    metric: Metric
+    max_rows: int | None
+
+    @property
+    def regression(self) -> bool:
+        return self.metric == "pearson"
+
+    @property
+    def source(self) -> str:
+        """The data as the user knows it."""
+        if self.hub:
+            return f"{self.hub}/{self.subset}" if self.subset else self.hub
+        return self.path or f"{BUILTIN}{self.builtin}"
+
+    def key(self, field: str) -> str:
+        """The config key of a field, for errors."""
+        return f"tasks.{self.name}.{field}"
+
+
+def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> ResolvedTask:
+    """Fills a task's settings from its preset; what the config says itself is stronger.
+
+    Args:
+        name: The task's name in the config.
+        task: Its settings.
+        data_root: Folder with ``glue/<task>/<split>.parquet`` and the like that presets read instead of the
+            hub; ``${VAR}`` is expanded.
+
+    Raises:
+        InputError: an unknown preset, no data named or too much of it, no kind, or columns and label that do
+            not fit the kind.
+    """
+    merged = _merged(name, task)
+    path, path_key = merged.path, f"tasks.{name}.path"
+    hub, builtin = merged.hub, None
+    if path is not None and path.startswith(BUILTIN):
+        if path != DIGITS or task.preset not in TASK_PRESETS or TASK_PRESETS[task.preset].path != DIGITS:
+            digits = ", ".join(key for key, preset in TASK_PRESETS.items() if preset.path == DIGITS)
+            raise InputError(f"{path_key}: got {path!r}; built-in rows come by preset: {digits}")
+        path, builtin = None, task.preset
+    elif path is not None:
+        path = resolve(path, path_key)
+    elif data_root is not None and task.preset is not None and task.hub is None and hub is not None:
+        inside = "/".join(part for part in (hub.split("/")[-1], merged.subset) if part)
+        folder = Path(expand(data_root, "data_root")) / inside
+        if not folder.is_dir():
+            raise InputError(f"data_root: {data_root!r} has no folder {inside}, which the task {name} needs")
+        hub, path, path_key = None, str(folder), "data_root"
+    kind, columns, label = _shape(name, merged)
+    if merged.metric == "pearson" and merged.labels:
+        raise InputError(f"tasks.{name}.labels: metric pearson makes a regression, which has no class names")
+    if merged.labels and len(set(merged.labels)) != len(merged.labels):
+        raise InputError(f"tasks.{name}.labels: got {merged.labels}; each name may stand there once")
+    validation_path = merged.validation_path
+    return ResolvedTask(
+        name=name,
+        kind=kind,
+        hub=hub,
+        subset=merged.subset,
+        path=path,
+        path_key=path_key,
+        builtin=builtin,
+        train_split=merged.train_split,
+        validation_split=merged.validation_split,
+        validation_path=resolve(validation_path, f"tasks.{name}.validation_path")
+        if validation_path
+        else None,
+        validation=merged.validation,
+        columns=columns,
+        label=label,
+        labels=tuple(merged.labels) if merged.labels else None,
+        metric=merged.metric or "accuracy",
+        max_rows=merged.max_rows,
+    )
+
+
+def _merged(name: str, task: TaskConfig) -> TaskConfig:
+    """The task's settings over those of its preset. Another source or validation replaces the preset's."""
+    given = {key: value for key, value in task.model_dump().items() if value is not None}
+    validations = [key for key in ("validation", "validation_split", "validation_path") if key in given]
+    if len(validations) > 1:
+        raise InputError(f"tasks.{name}: {' and '.join(validations)} exclude each other; give one")
+    if task.hub is not None and task.path is not None:
+        raise InputError(f"tasks.{name}: hub and path exclude each other; give one")
+    if task.preset is None:
+        if task.hub is None and task.path is None:
+            hint = f"; {name!r} is a preset, so `preset: {name}` would do" if name in TASK_PRESETS else ""
+            raise InputError(f"tasks.{name}: names no data; give preset, hub or path{hint}")
+        return task
+    if task.preset not in TASK_PRESETS:
+        near = difflib.get_close_matches(task.preset, TASK_PRESETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(TASK_PRESETS)}"
+        raise InputError(f"tasks.{name}.preset: got {task.preset!r}; {hint}")
+    preset = {
+        key: value for key, value in TASK_PRESETS[task.preset].model_dump().items() if value is not None
+    }
+    if task.hub is not None or task.path is not None:
+        preset = {key: value for key, value in preset.items() if key not in ("hub", "path")}
+    one_file = task.path is not None and Path(resolve(task.path, f"tasks.{name}.path")).is_file()
+    if validations or one_file:
+        preset = {
+            key: value for key, value in preset.items() if key not in ("validation", "validation_split")
+        }
+    return TaskConfig.model_validate(preset | given)
+
+
+def _shape(name: str, task: TaskConfig) -> tuple[Kind, tuple[str, ...], str]:
+    """Kind, columns and label; an image task's are ``image`` and ``label`` unless the config says so."""
+    if task.kind is None:
+        raise InputError(f"tasks.{name}.kind: not given; allowed are text, image")
+    if task.kind == "image":
+        columns = task.columns or ["image"]
+        if len(columns) != 1:
+            raise InputError(f"tasks.{name}.columns: got {columns}; an image task has one image column")
+        return task.kind, tuple(columns), task.label or "label"
+    if task.columns is None or not 1 <= len(task.columns) <= 2:
+        given = task.columns if task.columns is not None else "nothing"
+        raise InputError(f"tasks.{name}.columns: got {given}; a text task has one or two text columns")
+    if task.label is None:
+        raise InputError(f"tasks.{name}.label: not given; a text task needs its label column")
+    return task.kind, tuple(task.columns), task.label

@@ -1,0 +1,153 @@
+"""The README.md of an exported adapter: what it is, and the exact lines that load it without this package."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fltac.model.backbone import Backbone
+from fltac.model.native import NativeHead
+from fltac.paths import BUILTIN, PACKAGE
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Where an adapter comes from.
+
+    Attributes:
+        method: Name of the method.
+        rounds: Rounds of federated training.
+        members: Slots in the cluster.
+        cluster: The cluster's id.
+        max_length: Tokens after which texts were cut, if known.
+    """
+
+    method: str
+    rounds: int
+    members: int
+    cluster: int
+    max_length: int | None = None
+
+
+def model_card(
+    backbone: Backbone, native: NativeHead | None, outputs: int | None, facts: CardFacts, summary: str
+) -> str:
+    """Returns the card in Markdown.
+
+    Args:
+        backbone: The base model.
+        native: The head's place in the classification class; None where the head lies beside.
+        outputs: Number of the head's outputs; None for an adapter without a head.
+        facts: Where the adapter comes from.
+        summary: Rank, scale and adapted modules, in one line.
+    """
+    front = ["---", "library_name: peft", "tags:", "- lora", "- federated-learning"]
+    if not Path(backbone.folder).is_dir():  # a hub id
+        front.insert(1, f"base_model: {json.dumps(backbone.name)}")
+    head = "No head." if outputs is None else f"Head: {_outputs(outputs)}, read from {_pooling(backbone)}."
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# LoRA adapter of cluster {facts.cluster}",
+        "",
+        f"From a run of fltac (federated LoRA with clustered task adapters), method `{facts.method}`: "
+        f"cluster {facts.cluster} with {facts.members} local tasks, after round {facts.rounds}.",
+        "",
+        f"- Base model: `{backbone.name}`"
+        + (f", revision `{backbone.revision}`" if backbone.revision else ""),
+        f"- SHA-256 of its weights: `{backbone.fingerprint}`",
+        f"- {summary}",
+        f"- {head}",
+        "",
+        "```python",
+        *_code(backbone, native, outputs, facts),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _outputs(outputs: int) -> str:
+    return "one output (regression)" if outputs == 1 else f"{outputs} classes"
+
+
+def _pooling(backbone: Backbone) -> str:
+    return {
+        "mean": "the mean of the last hidden states",
+        "cls": "the first token's last hidden state",
+        "pooler": "the base model's pooler",
+    }[backbone.pooling]
+
+
+def _code(backbone: Backbone, native: NativeHead | None, outputs: int | None, facts: CardFacts) -> list[str]:
+    auto_class = native.auto_class if native else "AutoModel"
+    options = "base"
+    if backbone.revision:
+        options += f", revision={json.dumps(backbone.revision)}"
+    text = backbone.kind == "text"
+    code = [
+        "import torch",
+        "from peft import PeftModel",
+        *([] if native or outputs is None else ["from safetensors.torch import load_file"]),
+        f"from transformers import {auto_class}" + (", AutoTokenizer" if text else ""),
+        "",
+        *_base(backbone),
+        'folder = "."  # this folder',
+    ]
+    loading = options + ", dtype=torch.float32"
+    if native:
+        loading += f", num_labels={outputs}" + (
+            ", ignore_mismatched_sizes=True" if _has_own_head(backbone) else ""
+        )
+    code += [
+        f"model = {auto_class}.from_pretrained({loading})",
+        "model = PeftModel.from_pretrained(model, folder).eval()",
+    ]
+    if text:
+        cut = f", truncation=True, max_length={facts.max_length}" if facts.max_length else ", truncation=True"
+        code += [
+            f"tokenizer = AutoTokenizer.from_pretrained({options})",
+            f'batch = tokenizer(["A text."], padding=True{cut}, return_tensors="pt")',
+        ]
+    else:
+        code += ['batch = {"pixel_values": pixels}  # float [rows, channels, height, width], normalised']
+    if native:
+        return [*code, "with torch.no_grad():", f"    logits = model(**batch).logits  # [rows, {outputs}]"]
+    code += ["with torch.no_grad():", "    out = model(**batch)", *_pooled(backbone)]
+    if outputs is not None:
+        code += [
+            'head = load_file(f"{folder}/head.safetensors")',
+            f'logits = pooled @ head["weight"].T + head["bias"]  # [rows, {outputs}]',
+        ]
+    return code
+
+
+def _has_own_head(backbone: Backbone) -> bool:
+    """A checkpoint with a classification head may have another number of classes."""
+    return any("Classification" in name for name in backbone.model.config.architectures or [])
+
+
+def _base(backbone: Backbone) -> list[str]:
+    name = backbone.name
+    if name.startswith(PACKAGE):
+        package, _, inside = name[len(PACKAGE) :].partition("/")
+        where = f"files({json.dumps(package)})" + (f" / {json.dumps(inside)}" if inside else "")
+        return ["from importlib.resources import files", f"base = str({where})"]
+    if name.startswith(BUILTIN):
+        return ["from fltac.builtin import builtin_folder", f"base = str(builtin_folder({json.dumps(name)}))"]
+    if "${" in name or name.startswith("~"):
+        path = f"os.path.expanduser(os.path.expandvars({json.dumps(name)}))"
+        return ["import os", f"base = {path}"]
+    return [f"base = {json.dumps(name)}"]
+
+
+def _pooled(backbone: Backbone) -> list[str]:
+    if backbone.pooling == "pooler":
+        return ["pooled = out.pooler_output"]
+    if backbone.pooling == "cls":
+        return ["pooled = out.last_hidden_state[:, 0]"]
+    if backbone.kind == "image":
+        return ["pooled = out.last_hidden_state.mean(1)"]
+    return [
+        'mask = batch["attention_mask"].unsqueeze(-1)',
+        "pooled = (out.last_hidden_state * mask).sum(1) / mask.sum(1)",
+    ]

@@ -1,0 +1,1 @@
+"""Tables from the files that runs leave behind."""

@@ -1,0 +1,215 @@
+"""Whole runs on the digits: what a run leaves, every method, and resuming after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import fltac
+from fltac.config import PRESETS
+from fltac.errors import InputError
+from fltac.runtime.setup import prepare
+
+SMALL: dict[str, Any] = {
+    "backbone": {"name": "builtin:digits-vit", "device": "cpu"},
+    "tasks": ["digits-parity", "digits-high", "digits-loop"],
+    "federation": {"clients": 4, "rounds": 3, "partition": {"alpha": 1.0}},
+    "lora": {"rank": 1, "alpha": 8},
+    "training": {"lr": 5e-3, "steps": 4, "batch_size": 8, "threads": 1},
+    "evaluation": {"every": 1, "max_rows": 50},
+}
+NOT_REPRODUCED = {"seconds", "seconds_total", "peak_rss_bytes"}
+
+
+def small(*overrides: str) -> fltac.Config:
+    return fltac.load_config(SMALL, overrides)
+
+
+def scores_of(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, bytes]]:
+    """All that a run leaves except what time and memory it took."""
+    lines = (directory / "rounds.jsonl").read_text().splitlines()
+    rounds = [{key: value for key, value in json.loads(line).items() if key not in NOT_REPRODUCED} for line in lines]
+    summary = json.loads((directory / "summary.json").read_text())
+    adapters = {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.glob("adapters/**/*.safetensors"))
+    }
+    return rounds, {key: value for key, value in summary.items() if key not in NOT_REPRODUCED}, adapters
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "fltac"
+    fltac.run(small(), out)
+    return out
+
+
+def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
+    rounds, summary, adapters = scores_of(finished)
+    assert [record["round"] for record in rounds] == [1, 2, 3]
+    for record in rounds[:2]:
+        assert all(task["n_eval"] == 50 for task in record["tasks"].values())
+    last = rounds[-1]
+    assert last["tasks"] == summary["tasks"]
+    assert set(last["tasks"]) == set(SMALL["tasks"])
+    assert last["mean_score"] == pytest.approx(np.mean([task["score"] for task in last["tasks"].values()]))
+    assert last["tasks"]["digits-parity"]["n_eval"] > 50, "the last evaluation uses all validation rows"
+    assert (summary["method"], summary["rounds"], summary["seed"]) == ("fltac", 3, 0)
+    assert set(summary["baselines"]["majority"]) == set(SMALL["tasks"])
+    assert summary["bytes_total"]["up"] == sum(record["bytes"]["up"] for record in rounds)
+    assert summary["clustering"]["k"] == 3
+    assert len(adapters) >= 3
+    assert len(list((finished / "checkpoints").iterdir())) == 2
+    assert str(finished.parent) not in (finished / "manifest.json").read_text()
+
+
+def test_bytes_are_those_of_the_adapters(finished: Path) -> None:
+    """Each slot uploads its adapter; downwards v0 goes to every client and clusters' means to each."""
+    rounds, summary, _ = scores_of(finished)
+    size = next(iter(summary["trainable_parameters"].values())) * 4
+    slots = rounds[0]["updates"]
+    assert slots * size < rounds[0]["bytes"]["up"] < slots * (size + 4096) + 4 * 4096
+    assert 4 * size < rounds[0]["bytes"]["down"] < 4 * (size + 8192)
+
+
+def test_running_the_resolved_config_again_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
+    fltac.run(fltac.load_config(finished / "config.yaml"), tmp_path / "again")
+    assert scores_of(tmp_path / "again") == scores_of(finished)
+
+
+def test_lane_grouping_changes_rounding_alone(finished: Path, tmp_path: Path) -> None:
+    fltac.run(small("training.lanes=1"), tmp_path / "one")
+    for name, blob in scores_of(tmp_path / "one")[2].items():
+        one, other = load_file(tmp_path / "one" / name), load_file(finished / name)
+        assert blob
+        for tensor in one:
+            np.testing.assert_allclose(one[tensor], other[tensor], atol=2e-4)
+
+
+@pytest.mark.parametrize("method", [name for name in PRESETS if name != "fltac"])
+def test_every_method_runs(method: str, tmp_path: Path) -> None:
+    result = fltac.run(small(f"method={method}", "federation.rounds=2"), tmp_path / method)
+    summary = result.summary
+    assert set(summary["tasks"]) == set(SMALL["tasks"])
+    assert summary["method"] == method
+    silent = method in {"local", "zero", "central", "central-single", "central-full"}
+    assert (summary["bytes_total"]["up"] == 0) == silent
+    clustered = method in {"fltac-paper", "oracle", "random"}
+    assert (summary["clustering"] is not None) == clustered
+    if method == "oracle":
+        assert summary["clustering"]["ari"] == 1.0
+
+
+def test_budgets_are_equal() -> None:
+    """tau T steps a slot in all; the central trainings as said in docs/architecture.md."""
+    totals = {}
+    for method in ("fltac", "fedit", "fedit-heads", "local", "central", "central-single"):
+        experiment = prepare(small(f"method={method}"))
+        steps = [
+            local.steps
+            for client in experiment.clients.values()
+            for locals_ in client.slots.values()
+            for local in locals_
+        ]
+        totals[method] = sum(steps) * experiment.config.rounds
+        if method == "fltac":
+            slots = len(steps)
+    assert totals["fltac"] == slots * 4 * 3
+    assert totals["fltac"] == totals["fedit"] == totals["fedit-heads"] == totals["local"] == totals["central"]
+    assert totals["central-single"] == 3 * 4 * 3
+
+
+def test_partial_participation(tmp_path: Path) -> None:
+    fltac.run(small("federation.participation=0.5", "federation.rounds=2"), tmp_path / "half")
+    rounds = scores_of(tmp_path / "half")[0]
+    assert [record["clients"] for record in rounds] == [2, 2]
+
+
+def start_process(config: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "fltac", "run", str(config), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("after", ["config", "round-1", "round-2-record"])
+def test_kill_and_resume_gives_the_same_run(finished: Path, tmp_path: Path, after: str) -> None:
+    config, out = finished / "config.yaml", tmp_path / "killed"
+    process = start_process(config, out)
+    reached = {
+        "config": lambda: (out / "config.yaml").exists(),
+        "round-1": lambda: (out / "checkpoints" / "round-0001").exists(),
+        "round-2-record": lambda: (out / "rounds.jsonl").exists()
+        and (out / "rounds.jsonl").read_text().count("\n") >= 2,
+    }[after]
+    wait_for(reached, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    fltac.resume(out)
+    assert scores_of(out) == scores_of(finished)
+
+
+def test_interrupt_leaves_a_run_that_resumes(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "interrupted"
+    process = start_process(finished / "config.yaml", out)
+    wait_for(lambda: (out / "checkpoints" / "round-0001").exists(), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    fltac.resume(out)
+    assert scores_of(out) == scores_of(finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    result = fltac.resume(finished)
+    assert result.summary == json.loads((finished / "summary.json").read_text())
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_evaluate_gives_the_scores_of_the_summary(finished: Path) -> None:
+    record = fltac.evaluate(finished)
+    assert record["tasks"] == json.loads((finished / "summary.json").read_text())["tasks"]
+
+
+def test_a_folder_that_is_not_empty_is_refused(finished: Path) -> None:
+    with pytest.raises(InputError, match="resume"):
+        fltac.run(small(), finished)
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "summary.json").unlink()
+    file = sorted(copy.glob("checkpoints/*/state.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"state\.safetensors"):
+        fltac.resume(copy)
+    assert not (copy / "summary.json").exists()
+
+
+def test_changed_data_is_refused(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "summary.json").unlink()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["fingerprints"]["digits-high.train"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"digits-high\.train has changed"):
+        fltac.resume(copy)

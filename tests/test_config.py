@@ -1,0 +1,113 @@
+"""Precedence of settings, presets, and one clear line for everything that is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fltac.config import PRESETS, Config, load_config, parse_override, to_yaml
+from fltac.errors import InputError
+
+BASE: dict[str, Any] = {"backbone": {"name": "x"}, "tasks": ["sst2", "mrpc"]}
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_k_defaults_to_the_number_of_tasks() -> None:
+    assert load_config(BASE).clusters == 2
+    assert load_config(BASE, ["server.clustering.k=7"]).clusters == 7
+
+
+def test_the_file_wins_over_its_own_methods_preset() -> None:
+    tree = {**BASE, "method": "fltac-paper", "server": {"aggregation": {"weighting": "examples"}}}
+    config = load_config(tree)
+    assert config.server.clustering.rule == "kmeans"
+    assert config.server.aggregation.weighting == "examples"
+
+
+def test_an_overriding_method_wins_over_the_file_and_loses_to_other_overrides() -> None:
+    tree = {**BASE, "method": "fltac", "server": {"clustering": {"rule": "kmeans"}}}
+    assert load_config(tree, ["method=fedit"]).server.clustering.rule == "single"
+    assert load_config(tree, ["server.clustering.rule=none", "method=fedit"]).server.clustering.rule == "none"
+
+
+def test_settings_for_one_method_hold_for_it_alone() -> None:
+    tree = {**BASE, "lora": {"rank": 1}, "methods": {"fedit": {"lora": {"rank": 5}}}}
+    assert load_config(tree).lora.rank == 1
+    assert load_config(tree, ["method=fedit"]).lora.rank == 5
+    assert load_config(tree, ["method=fedit", "lora.rank=3"]).lora.rank == 3
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_resolved_config_read_again_is_the_same(method: str) -> None:
+    config = load_config(BASE, [f"method={method}"])
+    import yaml
+
+    again = load_config(yaml.safe_load(to_yaml(config)))
+    assert again == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_read(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+def test_numbers_in_exponent_notation() -> None:
+    assert load_config({**BASE, "training": {"lr": "2e-3"}}).training.lr == 0.002
+    assert load_config(BASE, ["training.lr=2e-3"]).training.lr == 0.002
+
+
+def test_rounds_and_communication_of_the_methods() -> None:
+    configs = {name: load_config(BASE, [f"method={name}"]) for name in PRESETS}
+    assert configs["zero"].rounds == 0
+    assert configs["central"].rounds == 1
+    assert configs["fltac"].rounds == 5
+    silent = {name for name, config in configs.items() if not config.communicates}
+    assert silent == {"local", "central", "central-single", "central-full", "zero"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["federation.round=3"], ["federation.round", "unknown key", "federation.rounds"]),
+        (["federatoin.rounds=3"], ["federatoin", "unknown key", "federation"]),
+        (["training.lr=-1"], ["training.lr", "-1", "greater than 0"]),
+        (["training.steps=many"], ["training.steps", "'many'", "integer"]),
+        (["lora.rank=0"], ["lora.rank", "0", "greater than or equal to 1"]),
+        (["method=fedti"], ["method", "'fedti'", "did you mean fedit?"]),
+        (["server.clustering.rule=kmean"], ["server.clustering.rule", "'kmean'", "'kmeans'"]),
+        (["federation.participation=0"], ["federation.participation", "0", "greater than 0"]),
+        (["training.steps=3", "training.epochs=1"], ["training.steps", "training.epochs", "not both"]),
+        (["training.trainable=all"], ["training.trainable", "federation.pool"]),
+        (["tasks.sst2.colums=[a]"], ["tasks.sst2.colums", "tasks.sst2.columns"]),
+        (["federation.partition.rule=table"], ["federation.partition.table"]),
+        (["federation.rounds"], ["federation.rounds", "key=value"]),
+        (["tasks=3"], ["tasks", "3"]),
+        (["federation=3"], ["federation", "3"]),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_it(overrides: list[str], parts: list[str]) -> None:
+    tree = {**BASE, "tasks": {"sst2": {"preset": "sst2"}}}
+    with pytest.raises(InputError) as caught:
+        load_config(tree, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "\x00"])
+def test_a_file_that_is_no_yaml_mapping(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_are_yaml() -> None:
+    assert parse_override("a.b=[1, 2]") == {"a": {"b": [1, 2]}}
+    assert parse_override("a=") == {"a": None}

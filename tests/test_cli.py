@@ -58,9 +58,7 @@ class StandIn:
         self.calls.append(("resume", str(directory)))
         if self.fail is not None:
             raise self.fail
-        return SimpleNamespace(
-            directory=directory, summary=summary(run_directory.open_existing(directory).config)
-        )
+        return SimpleNamespace(directory=directory, summary=summary(run_directory.open_existing(directory).config))
 
     def evaluate(self, directory: Path, progress: Any) -> dict[str, Any]:
         self.calls.append(("evaluate", str(directory)))
@@ -133,15 +131,11 @@ def test_seeds_each_get_a_folder(api: StandIn, capsys: pytest.CaptureFixture[str
     assert [run["directory"] for run in tree["runs"]] == ["out2/seed-5"]
 
 
-def test_nothing_starts_if_one_seed_is_there_already(
-    api: StandIn, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_starts_if_one_seed_is_there_already(api: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "a.yaml", "--out", "out/seed-6") == 0
     assert call("run", "a.yaml", "--out", "out", "--seeds", "2") == 2
     assert len(api.calls) == 1
-    expected = (
-        "error: out/seed-6 is not empty; continue it with `fltac resume out/seed-6`, or choose another --out"
-    )
+    expected = "error: out/seed-6 is not empty; continue it with `fltac resume out/seed-6`, or choose another --out"
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
@@ -182,9 +176,7 @@ def test_interrupt_says_how_to_go_on(api: StandIn, capsys: pytest.CaptureFixture
     assert call("run", "a.yaml", "--out", "out") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped before there was a checkpoint in out"
     save_checkpoint(Path("out"), ServerState(1, {}, ()), {})
-    message = (
-        "stopped; the last checkpoint lies at out/checkpoints/round-0001: continue with `fltac resume out`"
-    )
+    message = "stopped; the last checkpoint lies at out/checkpoints/round-0001: continue with `fltac resume out`"
     assert call("resume", "out") == 130
     assert capsys.readouterr().err.splitlines()[-1] == message
 
@@ -198,7 +190,7 @@ def test_resume_and_evaluate(api: StandIn, capsys: pytest.CaptureFixture[str]) -
     assert call("evaluate", "out") == 0
     assert "0.850" in capsys.readouterr().out
     assert call("evaluate", "out", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["mean_score"] == 0.85
+    assert json.loads(capsys.readouterr().out)["mean_score"] == pytest.approx(0.85)
     assert api.calls == [("resume", "out")] * 2 + [("evaluate", "out")] * 2
 
 

@@ -62,9 +62,7 @@ def run(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Run directory, empty or missing. Default: output.dir, else runs/<config>-<method>."
-        ),
+        typer.Option(help="Run directory, empty or missing. Default: output.dir, else runs/<config>-<method>."),
     ] = None,
     seeds: Annotated[
         int | None,
@@ -144,8 +142,7 @@ def partition(
         split = experiment.partition_of(parsed)
     tasks = list(parsed.tasks)
     counts = {
-        client: {task: len(split.rows[client, task]) for task in split.client_tasks(client)}
-        for client in split.clients
+        client: {task: len(split.rows[client, task]) for task in split.client_tasks(client)} for client in split.clients
     }
     if plot is not None:
         plot_partition(counts, tasks, plot)

@@ -6,6 +6,7 @@ file, the preset of a ``method=`` override, the file's ``methods.<method>`` sect
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,6 +190,25 @@ class ServerConfig(Section):
     aggregation: AggregationConfig = AggregationConfig()
 
 
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the server's functions are given of a configuration: it has no room for a task's name.
+
+    Attributes:
+        seed: Of the run.
+        participation: Share of the clients asked in a round, in (0, 1].
+        k: Number of clusters.
+        clustering: How uploads are grouped.
+        aggregation: How a group becomes one adapter.
+    """
+
+    seed: int
+    participation: float
+    k: int
+    clustering: ClusteringConfig
+    aggregation: AggregationConfig
+
+
 class WireConfig(Section):
     """Encoding of the payloads."""
 
@@ -252,6 +272,17 @@ class Config(Section):
     def clusters(self) -> int:
         """K: as configured, else the number of tasks."""
         return self.server.clustering.k or len(self.tasks)
+
+    @property
+    def server_settings(self) -> ServerSettings:
+        """The part of the configuration that the server may see."""
+        return ServerSettings(
+            seed=self.federation.seed,
+            participation=self.federation.participation,
+            k=self.clusters,
+            clustering=self.server.clustering,
+            aggregation=self.server.aggregation,
+        )
 
     @property
     def pooled(self) -> bool:
@@ -356,10 +387,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     for text in overrides:
         overriding = merge(overriding, parse_override(text))
     file_method = tree.get("method", "fltac")
-    if "method" in overriding:
-        merged = merge(tree, _preset(overriding["method"]))
-    else:
-        merged = merge(_preset(file_method), tree)
+    merged = merge(tree, _preset(overriding["method"])) if "method" in overriding else merge(_preset(file_method), tree)
     method = overriding.get("method", file_method)
     per_method = tree.get("methods") or {}
     if not isinstance(per_method, Mapping):

@@ -14,9 +14,7 @@ NO_CLIENT: Final = ""
 NO_SLOT: Final = -1
 
 
-def derive(
-    seed: int, purpose: str, round_number: int = 0, client: str = NO_CLIENT, slot: int = NO_SLOT
-) -> int:
+def derive(seed: int, purpose: str, round_number: int = 0, client: str = NO_CLIENT, slot: int = NO_SLOT) -> int:
     """Returns a 63-bit integer that is a fixed function of its arguments (SHA-256, the same on all machines)."""
     text = "\x1f".join((str(seed), purpose, str(round_number), client, str(slot)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

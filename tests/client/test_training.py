@@ -68,9 +68,7 @@ def make_job(model: LaneModel, client: str, seed: int, steps: int = STEPS, **tas
 def make_model(folder: Path, dtype: torch.dtype) -> LaneModel:
     backbone = load_backbone(BackboneConfig(name=str(folder), device="cpu"), "text")
     backbone.model.to(dtype)
-    modules = {
-        name: (16, 16) for name, _ in backbone.model.named_modules() if name.endswith((".query", ".value"))
-    }
+    modules = {name: (16, 16) for name, _ in backbone.model.named_modules() if name.endswith((".query", ".value"))}
     return LaneModel(backbone, modules, rank=2, scaling=SCALING, dtype=dtype)
 
 
@@ -202,9 +200,7 @@ def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path
     backbone = load_backbone(BackboneConfig(name=str(tiny_bert), device="cpu"), "text")
     model = LaneModel(backbone, {}, rank=1, scaling=1.0)
     draw = make_job(model, "a", seed=1)
-    start = {
-        name: np.zeros_like(tensor) if name.endswith(".delta") else tensor for name, tensor in draw.start.items()
-    }
+    start = {name: np.zeros_like(tensor) if name.endswith(".delta") else tensor for name, tensor in draw.start.items()}
     job = TrainJob("a", 0, start, draw.steps, 30, 0)
     config = TrainingConfig(optimizer="sgd", lr=0.05, clip_norm=None)
     result = train_group(model, [job], config, 0.0)[0].adapter
@@ -221,7 +217,9 @@ def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path
     for step in job.steps:
         batch = {name: torch.from_numpy(value) for name, value in step.task.train.batch(step.rows).items()}
         states, mask = reference(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1).float()
-        loss = F.cross_entropy(head((states * mask).sum(1) / mask.sum(1)), torch.from_numpy(step.task.train.labels[step.rows]))
+        loss = F.cross_entropy(
+            head((states * mask).sum(1) / mask.sum(1)), torch.from_numpy(step.task.train.labels[step.rows])
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -69,9 +69,7 @@ def pairs(tmp_path: Path, count: int = 60) -> dict[str, list[Any]]:
 
 def config(tmp_path: Path, backbone: str, columns: list[str], max_length: int = 24, **task: Any) -> Config:
     settings = {"kind": "text", "path": str(tmp_path / "pairs.parquet"), "columns": columns, "label": "label"}
-    return load_config(
-        {"backbone": {"name": backbone, "max_length": max_length}, "tasks": {"t": {**settings, **task}}}
-    )
+    return load_config({"backbone": {"name": backbone, "max_length": max_length}, "tasks": {"t": {**settings, **task}}})
 
 
 def load(tmp_path: Path, backbone: str, columns: list[str], max_length: int = 24, **task: Any) -> EncodedTask:
@@ -145,9 +143,7 @@ def test_padding_to_less_than_the_longest_row(split: Split) -> None:
         split.batch(all_rows(split), 3)
 
 
-def test_the_second_time_nothing_is_encoded(
-    tmp_path: Path, minilm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_time_nothing_is_encoded(tmp_path: Path, minilm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs(tmp_path)
     first = load(tmp_path, minilm, ["a", "b"])
 
@@ -249,9 +245,7 @@ def test_a_backbone_without_tokenizer(tmp_path: Path, tiny_bert: Path, tiny_vit:
     pairs(tmp_path)
     for folder in (tiny_bert, tiny_vit):
         message = refused(tmp_path, str(folder))
-        assert message.startswith(
-            f"backbone.name: {str(folder)!r} has no tokenizer, needed by the text task t"
-        )
+        assert message.startswith(f"backbone.name: {str(folder)!r} has no tokenizer, needed by the text task t")
     assert "has no tokenizer, needed by the text task t" in refused(tmp_path, "nobody/none")
 
 
@@ -268,9 +262,7 @@ def word_tokenizer(folder: Path, **special: str) -> str:
 def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tmp_path: Path) -> None:
     pairs(tmp_path)
     (tmp_path / "none").mkdir()
-    assert "has neither a padding token nor an end token" in refused(
-        tmp_path, word_tokenizer(tmp_path / "none")
-    )
+    assert "has neither a padding token nor an end token" in refused(tmp_path, word_tokenizer(tmp_path / "none"))
     (tmp_path / "end").mkdir()
     task = load(tmp_path, word_tokenizer(tmp_path / "end", eos_token="<end>"), ["a"])
     batch = task.train.batch(all_rows(task.train))
@@ -284,9 +276,7 @@ def test_positions_that_begin_after_the_padding_token(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     folder = word_tokenizer(tmp_path / "r", pad_token="<end>")
     RobertaConfig(max_position_embeddings=10).save_pretrained(folder)
-    assert int(load(tmp_path, folder, ["a"]).train.lengths.max()) == 8, (
-        "positions 2 to 9, the padding token is 1"
-    )
+    assert int(load(tmp_path, folder, ["a"]).train.lengths.max()) == 8, "positions 2 to 9, the padding token is 1"
 
 
 def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
@@ -316,9 +306,7 @@ def test_tasks_come_in_the_configs_order_and_share_one_encoder(
     task = {"kind": "text", "path": str(tmp_path / "pairs.parquet"), "columns": ["a"], "label": "label"}
     loaded = []
     original = AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda *a, **k: loaded.append(a) or original(*a, **k)
-    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: loaded.append(a) or original(*a, **k))
     both = load_config({"backbone": {"name": MINILM}, "tasks": {"z": task, "a": {**task, "columns": ["b"]}}})
     assert list(load_tasks(both, minilm)) == ["z", "a"]
     assert loaded == [(minilm,)]
@@ -327,9 +315,7 @@ def test_tasks_come_in_the_configs_order_and_share_one_encoder(
 @pytest.mark.data
 def test_real_glue(data_root: Path, minilm: str, tokenizer: PreTrainedTokenizerBase) -> None:
     tasks = load_tasks(
-        load_config(
-            {"backbone": {"name": MINILM}, "tasks": ["rte", "sst2"], "data_root": str(data_root / "data")}
-        ),
+        load_config({"backbone": {"name": MINILM}, "tasks": ["rte", "sst2"], "data_root": str(data_root / "data")}),
         minilm,
     )
     rte, sst2 = tasks["rte"], tasks["sst2"]
@@ -342,9 +328,7 @@ def test_real_glue(data_root: Path, minilm: str, tokenizer: PreTrainedTokenizerB
     assert round(float(sst2.train.lengths.mean())) == 13
     assert majority_score(sst2) == pytest.approx(444 / 872)
     source = pq.read_table(data_root / "data" / "glue" / "rte" / "train.parquet").to_pydict()
-    whole = tokenizer(
-        source["sentence1"], source["sentence2"], truncation=False, padding=False, verbose=False
-    )
+    whole = tokenizer(source["sentence1"], source["sentence2"], truncation=False, padding=False, verbose=False)
     lengths = np.array([len(ids) for ids in whole["input_ids"]])
     assert rte.train.truncated == int((lengths > 128).sum())
     np.testing.assert_array_equal(rte.train.lengths, np.minimum(lengths, 128))

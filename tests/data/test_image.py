@@ -73,9 +73,7 @@ def normalised(images: np.ndarray) -> np.ndarray:
 
 def test_images_of_the_backbones_size(tmp_path: Path) -> None:
     images = draw(5, 32, 32)
-    task = load(
-        write(tmp_path / "r.parquet", [png(image) for image in images]), backbone(tmp_path / "b", SETTINGS)
-    )
+    task = load(write(tmp_path / "r.parquet", [png(image) for image in images]), backbone(tmp_path / "b", SETTINGS))
     np.testing.assert_allclose(pixels(task), normalised(images), atol=1e-5)
     assert (task.kind, task.outputs, len(task.train), task.train.truncated) == ("image", 2, 5, 0)
     assert task.train.lengths.tolist() == [1] * 5
@@ -125,9 +123,7 @@ def test_the_shorter_edge_then_the_middle(tmp_path: Path) -> None:
     task = load(write(tmp_path / "s.parquet", [png(small), png(small)]), folder)
     assert stored_size(task) == (10, 20, 3)
     resized = np.asarray(Image.fromarray(small).resize((80, 40), 2))
-    np.testing.assert_allclose(
-        pixels(task)[:1], normalised(resized[None, 4:36, 24:56]), atol=2.01 / 255 / 0.2
-    )
+    np.testing.assert_allclose(pixels(task)[:1], normalised(resized[None, 4:36, 24:56]), atol=2.01 / 255 / 0.2)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "path", "grey", "palette", "alpha", "turned"])
@@ -146,9 +142,7 @@ def test_every_way_to_hold_an_image(tmp_path: Path, kind: str) -> None:
         expected = np.repeat(images[:, :, :, :1], 3, axis=3)
     elif kind == "palette":
         stored = [png(image, "P") for image in images]
-        expected = np.stack(
-            [np.asarray(Image.fromarray(image).convert("P").convert("RGB")) for image in images]
-        )
+        expected = np.stack([np.asarray(Image.fromarray(image).convert("P").convert("RGB")) for image in images])
     elif kind == "alpha":
         stored = [png(image, "RGBA") for image in images]
     elif kind == "turned":
@@ -256,9 +250,7 @@ def test_wrong_images_name_task_split_and_row(tmp_path: Path) -> None:
     ):
         assert refused(write(tmp_path / "r.parquet", [good, bad]), folder) == expected
     paths = write(tmp_path / "p.parquet", ["none.png", "none.png"])
-    assert (
-        refused(paths, folder) == "task t: train row 0: 'none.png' cannot be read: No such file or directory"
-    )
+    assert refused(paths, folder) == "task t: train row 0: 'none.png' cannot be read: No such file or directory"
     numbers = write(tmp_path / "n.parquet", [1, 2])
     assert "train row 0 has no image: its column holds int" in refused(numbers, folder)
 
@@ -280,9 +272,7 @@ def test_wrong_backbones(tmp_path: Path) -> None:
         path, str(tmp_path / "text")
     )
     assert "could not be loaded: " in refused(path, "nobody/none")
-    assert "reads images of 1 channels; allowed are 3" in refused(
-        path, backbone(tmp_path / "g", num_channels=1)
-    )
+    assert "reads images of 1 channels; allowed are 3" in refused(path, backbone(tmp_path / "g", num_channels=1))
     wrong = backbone(tmp_path / "w", {"size": {"longest_edge": 5}})
     assert "wants images of size {'longest_edge': 5}; allowed are height and width" in refused(path, wrong)
     wrong = backbone(tmp_path / "m", {"image_mean": [0.5]})

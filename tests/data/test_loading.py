@@ -151,9 +151,7 @@ def test_class_names_come_from_all_training_rows_not_from_those_used(tmp_path: P
 
 
 def test_hub_features_in_a_parquet_file_are_kept(tmp_path: Path) -> None:
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
     Dataset.from_dict({"text": ["x", "y", "w"], "label": [1, 0, 1]}, features=features).to_parquet(
         tmp_path / "r.parquet"
     )
@@ -185,9 +183,7 @@ def test_an_image_folder_of_splits(tmp_path: Path) -> None:
     raw = load(tmp_path, kind="image", columns=None, label=None)
     assert (raw.train.labels.tolist(), raw.validation.name) == ([0, 1], "val")
     assert raw.validation.labels.tolist() == [1], "dog is class 1 although the folder val has no cat"
-    apart = load(
-        tmp_path / "train", kind="image", columns=None, label=None, validation_path=str(tmp_path / "test")
-    )
+    apart = load(tmp_path / "train", kind="image", columns=None, label=None, validation_path=str(tmp_path / "test"))
     assert apart.validation.labels.tolist() == [1]
 
 
@@ -221,9 +217,7 @@ def test_a_hub_that_cannot_be_reached() -> None:
 
 def test_built_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8)
-    module = SimpleNamespace(
-        task_rows=lambda name: (images, np.arange(8) % 2 if name == "digits-parity" else None)
-    )
+    module = SimpleNamespace(task_rows=lambda name: (images, np.arange(8) % 2 if name == "digits-parity" else None))
     monkeypatch.setitem(sys.modules, "fltac.data.digits", module)  # type: ignore[arg-type]
     raw = load_rows(resolve_task("t", TaskConfig(preset="digits-parity"), None), 0)
     assert (len(raw.train.rows), len(raw.validation.rows), raw.outputs) == (6, 2, 2)
@@ -309,9 +303,7 @@ def test_missing_columns(tmp_path: Path) -> None:
 def test_columns_without_text(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.parquet", {"text": ["a", None, "b"], "n": [1, 2, 3], "label": [0, 1, 0]})
     assert refused(file) == "tasks.t.columns: train row 1 has no text in column 'text'"
-    assert (
-        refused(file, columns=["n"]) == "tasks.t.columns: column 'n' of the train split holds int64, not text"
-    )
+    assert refused(file, columns=["n"]) == "tasks.t.columns: column 'n' of the train split holds int64, not text"
     (tmp_path / "rows.csv").write_text("text,label\na,1\n,0\n")
     assert refused(tmp_path / "rows.csv") == "tasks.t.columns: train row 1 has no text in column 'text'"
 

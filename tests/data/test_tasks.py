@@ -85,9 +85,7 @@ def test_data_root_replaces_the_hub_for_presets(tmp_path: Path, monkeypatch: pyt
     assert refused(TaskConfig(preset="cola"), "cola", "${SOMEWHERE}/d") == (
         "data_root: '${SOMEWHERE}/d' has no folder glue/cola, which the task cola needs"
     )
-    assert "NOT_SET_ANYWHERE, which is not set" in refused(
-        TaskConfig(preset="cola"), "t", "${NOT_SET_ANYWHERE}"
-    )
+    assert "NOT_SET_ANYWHERE, which is not set" in refused(TaskConfig(preset="cola"), "t", "${NOT_SET_ANYWHERE}")
 
 
 def test_an_image_task_has_the_usual_columns() -> None:

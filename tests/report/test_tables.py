@@ -66,10 +66,7 @@ def test_the_figure_names_tasks_and_clients(tmp_path: Path) -> None:
 
     with mpl.rc_context({"svg.fonttype": "none"}):
         plot_partition(COUNTS, ["sst2", "rte"], tmp_path / "shares.svg")
-    texts = {
-        "".join(node.itertext()).strip()
-        for node in xml.etree.ElementTree.parse(tmp_path / "shares.svg").iter()
-    }
+    texts = {"".join(node.itertext()).strip() for node in xml.etree.ElementTree.parse(tmp_path / "shares.svg").iter()}
     assert {"sst2", "rte", "c0", "c1"} <= texts
     assert "c2" not in texts
     plot_partition(COUNTS, ["sst2"], tmp_path / "shares.png")
@@ -77,9 +74,7 @@ def test_the_figure_names_tasks_and_clients(tmp_path: Path) -> None:
 
 
 def test_wrong_figure_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        InputError, match=r"--plot: .*a.txt: unknown kind of figure '.txt'; allowed are .png, .svg"
-    ):
+    with pytest.raises(InputError, match=r"--plot: .*a.txt: unknown kind of figure '.txt'; allowed are .png, .svg"):
         check_plot_file(tmp_path / "a.txt")
     with pytest.raises(InputError, match=r"--plot: .*a.png: the folder .*nowhere does not exist"):
         check_plot_file(tmp_path / "nowhere" / "a.png")

@@ -44,9 +44,7 @@ def states(draw: st.DrawFn) -> ServerState:
 
 def state_of_round(number: int) -> ServerState:
     adapter = {"a.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3) * np.float32(0.1 + number)}
-    return ServerState(
-        number, adapter, ("c0", "c1"), (Cluster(0, adapter, (("c0", 1),)),), {("c0", 1): adapter}, 1
-    )
+    return ServerState(number, adapter, ("c0", "c1"), (Cluster(0, adapter, (("c0", 1),)),), {("c0", 1): adapter}, 1)
 
 
 def assert_same_adapter(ours: Adapter, theirs: Adapter) -> None:

@@ -39,7 +39,8 @@ def scores_of(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any], di
     rounds = [{key: value for key, value in json.loads(line).items() if key not in NOT_REPRODUCED} for line in lines]
     summary = json.loads((directory / "summary.json").read_text())
     adapters = {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.glob("adapters/**/*.safetensors"))
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.glob("adapters/**/*.safetensors"))
     }
     return rounds, {key: value for key, value in summary.items() if key not in NOT_REPRODUCED}, adapters
 
@@ -152,8 +153,9 @@ def test_kill_and_resume_gives_the_same_run(finished: Path, tmp_path: Path, afte
     reached = {
         "config": lambda: (out / "config.yaml").exists(),
         "round-1": lambda: (out / "checkpoints" / "round-0001").exists(),
-        "round-2-record": lambda: (out / "rounds.jsonl").exists()
-        and (out / "rounds.jsonl").read_text().count("\n") >= 2,
+        "round-2-record": lambda: (
+            (out / "rounds.jsonl").exists() and (out / "rounds.jsonl").read_text().count("\n") >= 2
+        ),
     }[after]
     wait_for(reached, process)
     os.kill(process.pid, signal.SIGKILL)

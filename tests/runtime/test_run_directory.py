@@ -21,9 +21,7 @@ def config(*overrides: str) -> Config:
 
 
 def test_create_writes_config_and_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "sys.argv", ["/opt/venv/bin/fltac", "run", "configs/a.yaml", "data_root=/opt/data/glue"]
-    )
+    monkeypatch.setattr("sys.argv", ["/opt/venv/bin/fltac", "run", "configs/a.yaml", "data_root=/opt/data/glue"])
     out = tmp_path / "runs" / "a"
     run = create(out, config("federation.seed=7"), {"backbone": "abc", "data": {"sst2": "def"}})
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "manifest.json"]
@@ -43,9 +41,7 @@ def test_create_writes_config_and_manifest(tmp_path: Path, monkeypatch: pytest.M
     assert str(tmp_path) not in text
     assert str(Path.cwd()) not in text
     assert "/opt" not in text
-    assert socket.gethostname() not in {
-        value for value in manifest["hardware"].values() if isinstance(value, str)
-    }
+    assert socket.gethostname() not in {value for value in manifest["hardware"].values() if isinstance(value, str)}
 
 
 def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
@@ -60,9 +56,7 @@ def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("mine")
-    with pytest.raises(
-        InputError, match=r"is not empty and holds no run \(there is notes.txt\); choose another"
-    ):
+    with pytest.raises(InputError, match=r"is not empty and holds no run \(there is notes.txt\); choose another"):
         create(foreign, config())
     assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
     with pytest.raises(InputError, match=r"notes.txt is a file; expected a folder"):
@@ -119,12 +113,8 @@ def test_missing_and_damaged_records_are_named(tmp_path: Path) -> None:
 def test_numbers_that_json_lacks(tmp_path: Path) -> None:
     np = pytest.importorskip("numpy")
     run = create(tmp_path / "run", config())
-    run.append_round(
-        {"round": np.int64(1), "score": np.float32(0.5), "silhouette": float("nan"), "k": (1, 2)}
-    )
-    assert (
-        run.path / "rounds.jsonl"
-    ).read_text() == '{"round": 1, "score": 0.5, "silhouette": null, "k": [1, 2]}\n'
+    run.append_round({"round": np.int64(1), "score": np.float32(0.5), "silhouette": float("nan"), "k": (1, 2)})
+    assert (run.path / "rounds.jsonl").read_text() == '{"round": 1, "score": 0.5, "silhouette": null, "k": [1, 2]}\n'
     with pytest.raises(TypeError, match=r"of type set cannot be written"):
         run.append_round({"round": {1}})
 
@@ -191,9 +181,7 @@ def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("1")
     subprocess.run([*git, "add", "code.py"], check=True)
     subprocess.run([*git, "commit", "-qm", "one"], check=True)
-    head = subprocess.run(
-        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert provenance.git_state(tmp_path) == {"commit": head, "dirty": False}
     (tmp_path / "code.py").write_text("2")
     assert provenance.git_state(tmp_path) == {"commit": head, "dirty": True}

@@ -102,10 +102,7 @@ def test_reply_round_trip(reply: Reply) -> None:
 def test_equal_replies_give_equal_bytes(reply: Reply) -> None:
     turned = Reply(
         reply.client,
-        tuple(
-            Update(u.client, u.slot, dict(reversed(list(u.adapter.items()))), u.examples)
-            for u in reply.updates
-        ),
+        tuple(Update(u.client, u.slot, dict(reversed(list(u.adapter.items()))), u.examples) for u in reply.updates),
         reply.error,
     )
     assert encode_reply(turned, "float32") == encode_reply(reply, "float32")
@@ -168,9 +165,7 @@ def test_float16_overflow_names_the_tensor() -> None:
     fine = {"a": np.array([65504.0, np.inf, np.nan], np.float32)}
     assert decode_adapter(encode_adapter(fine, "float16"))["a"][:2].tolist() == [65504.0, np.inf]
     reply = Reply("c", (Update("c", 4, {"x.lora_B": np.array([0.0, -1e5, 7e4], np.float32)}, 1),))
-    message = (
-        r"^tensor '4/x.lora_B': the value 100000 is beyond float16, whose largest is 65504; set wire.dtype"
-    )
+    message = r"^tensor '4/x.lora_B': the value 100000 is beyond float16, whose largest is 65504; set wire.dtype"
     with pytest.raises(WireError, match=message):
         encode_reply(reply, "float16")
     assert decode_reply(encode_reply(reply, "float32")).updates[0].adapter["x.lora_B"][1] == np.float32(-1e5)

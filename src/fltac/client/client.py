@@ -78,9 +78,7 @@ def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config
 
 def reply_of(client: Client, trained: Sequence[Trained]) -> Reply:
     """The upload of all of a client's slots."""
-    updates = tuple(
-        Update(client.id, result.job.slot, result.adapter, result.job.examples) for result in trained
-    )
+    updates = tuple(Update(client.id, result.job.slot, result.adapter, result.job.examples) for result in trained)
     return Reply(client.id, updates)
 
 

@@ -65,9 +65,7 @@ def plan_lanes(jobs: Sequence[TrainJob], lanes: int) -> list[list[TrainJob]]:
 
     A fixed function of the jobs, whatever their order. In a group the longest training comes first.
     """
-    ordered = sorted(
-        jobs, key=lambda job: (len(job.steps[0].rows), len(job.steps), job.tokens, job.client, job.slot)
-    )
+    ordered = sorted(jobs, key=lambda job: (len(job.steps[0].rows), len(job.steps), job.tokens, job.client, job.slot))
     groups: list[list[TrainJob]] = []
     for job in ordered:
         full = not groups or len(groups[-1]) == lanes
@@ -106,9 +104,7 @@ def train(
     return [results[job.client, job.slot] for job in jobs]
 
 
-def train_group(
-    model: LaneModel, group: Sequence[TrainJob], config: TrainingConfig, dropout: float
-) -> list[Trained]:
+def train_group(model: LaneModel, group: Sequence[TrainJob], config: TrainingConfig, dropout: float) -> list[Trained]:
     """Trains the jobs of one group side by side, the longest training first; returns results in that order."""
     model.load([job.start for job in group])
     counts = [len(job.steps) for job in group]
@@ -127,9 +123,7 @@ def train_group(
         optimizer.step(active)
         losses[:active] += loss.detach().double().cpu()
     model.lanes.dropout = 0.0
-    return [
-        Trained(job, model.read(lane), float(losses[lane]) / counts[lane]) for lane, job in enumerate(group)
-    ]
+    return [Trained(job, model.read(lane), float(losses[lane]) / counts[lane]) for lane, job in enumerate(group)]
 
 
 def lane_losses(model: LaneModel, steps: Sequence[Step]) -> Tensor:
@@ -158,6 +152,5 @@ def stack_batches(batches: Sequence[dict[str, NDArray[np.generic]]], model: Lane
     """Puts the lanes' batches one after the other on the model's device."""
     device = model.backbone.device
     return {
-        name: torch.from_numpy(np.concatenate([batch[name] for batch in batches])).to(device)
-        for name in batches[0]
+        name: torch.from_numpy(np.concatenate([batch[name] for batch in batches])).to(device) for name in batches[0]
     }

@@ -55,9 +55,7 @@ def local_splits(path: Path, key: str, file_split: str, text_columns: Sequence[s
     """
     if path.is_file():
         if path.suffix.lower() not in READERS:
-            raise InputError(
-                f"{key}: {str(path)!r} ends in {path.suffix!r}; allowed are {', '.join(READERS)}"
-            )
+            raise InputError(f"{key}: {str(path)!r} ends in {path.suffix!r}; allowed are {', '.join(READERS)}")
         return {file_split: lambda: read_files([path], key, text_columns)}
     if not path.is_dir():
         raise InputError(f"{key}: {str(path)!r}: no such file or folder")
@@ -78,9 +76,7 @@ def read_files(files: Sequence[Path], key: str, text_columns: Sequence[str]) -> 
     """
     endings = sorted({file.suffix.lower() for file in files})
     if len(endings) > 1:
-        raise InputError(
-            f"{key}: {files[0].parent} holds one split as {' and '.join(endings)}; keep one kind"
-        )
+        raise InputError(f"{key}: {files[0].parent} holds one split as {' and '.join(endings)}; keep one kind")
     parts = []
     for file in files:
         if file.stat().st_size == 0:
@@ -88,13 +84,9 @@ def read_files(files: Sequence[Path], key: str, text_columns: Sequence[str]) -> 
         try:
             with quiet_datasets():
                 parts.append(READERS[endings[0]](file, text_columns))
-        except (
-            Exception
-        ) as error:  # readers raise whatever their parser raises, StopIteration and KeyError included
+        except Exception as error:  # readers raise whatever their parser raises, StopIteration and KeyError included
             reason = str(error.__cause__ or error).split("\n")[0][:200] or type(error).__name__
-            raise InputError(
-                f"{key}: {str(file)!r} is not a readable {endings[0][1:]} file: {reason}"
-            ) from error
+            raise InputError(f"{key}: {str(file)!r} is not a readable {endings[0][1:]} file: {reason}") from error
     if any(part.column_names != parts[0].column_names for part in parts):
         raise InputError(f"{key}: the files of one split in {files[0].parent} have different columns")
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -154,9 +146,7 @@ READERS: Mapping[str, Callable[[Path, Sequence[str]], Dataset]] = {
 
 
 def _image_splits(path: Path, key: str, file_split: str) -> dict[str, Loader]:
-    folders = sorted(
-        folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-    )
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if (path / file_split).is_dir():
         return {folder.name: _image_loader(folder, key) for folder in folders}
     if not folders:
@@ -176,9 +166,7 @@ def read_image_folder(folder: Path, key: str) -> Dataset:
     Raises:
         InputError: there are no images.
     """
-    classes = sorted(
-        child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
+    classes = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     files = [
         (file, number)
         for number, name in enumerate(classes)

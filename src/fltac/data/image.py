@@ -195,9 +195,7 @@ def _decoding(split: RawSplit, row: int) -> Iterator[None]:
 def _opened(split: RawSplit, row: int, value: object) -> Image.Image:
     image = Image.open(io.BytesIO(_file_bytes(split, row, value)))
     if image.mode[0] in "IF":
-        raise InputError(
-            f"{split.where(row)} has pixels of mode {image.mode}; allowed are 8 bits per channel"
-        )
+        raise InputError(f"{split.where(row)} has pixels of mode {image.mode}; allowed are 8 bits per channel")
     return image
 
 

@@ -115,8 +115,7 @@ def _pair(name: str, size: Any) -> tuple[int, int]:
         return int(height), int(width)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"backbone.name: {name!r} wants images of size {size!r}; "
-            "allowed are height and width, or shortest_edge"
+            f"backbone.name: {name!r} wants images of size {size!r}; allowed are height and width, or shortest_edge"
         ) from error
 
 

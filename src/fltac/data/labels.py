@@ -87,9 +87,7 @@ def read_labels(task: ResolvedTask, columns: Mapping[str, LabelColumn]) -> Label
         else:
             values[split] = _mapped(task, split, numbers, own, names or tuple(str(n) for n in range(count)))
     if count < 2:
-        raise InputError(
-            f"{task.key('label')}: column {task.label!r} holds one class only; allowed are two or more"
-        )
+        raise InputError(f"{task.key('label')}: column {task.label!r} holds one class only; allowed are two or more")
     return Labels(values, names, count)
 
 
@@ -128,9 +126,7 @@ def _mapped(
     if len(bad):
         row = int(bad[0])
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise InputError(
-            f"{task.key('label')}: {split} row {row} has label {own[numbers[row]]!r}; allowed are {shown}"
-        )
+        raise InputError(f"{task.key('label')}: {split} row {row} has label {own[numbers[row]]!r}; allowed are {shown}")
     return mapped
 
 
@@ -146,8 +142,7 @@ def _numbers(task: ResolvedTask, split: str, column: LabelColumn) -> NDArray[np.
     if len(bad):
         row = int(bad[0])
         raise InputError(
-            f"{task.key('label')}: {split} row {row} has label {column.values[row].as_py()}; "
-            "allowed are finite numbers"
+            f"{task.key('label')}: {split} row {row} has label {column.values[row].as_py()}; allowed are finite numbers"
         )
     return values
 
@@ -164,8 +159,7 @@ def _refuse_outside(task: ResolvedTask, split: str, numbers: NDArray[np.int64], 
         row, highest = int(bad[0]), max(count - 1, 0)
         hint = " (-1 marks rows without a label)" if numbers[row] == -1 else ""
         raise InputError(
-            f"{task.key('label')}: {split} row {row} has label {numbers[row]}{hint}; "
-            f"allowed are 0 to {highest}"
+            f"{task.key('label')}: {split} row {row} has label {numbers[row]}{hint}; allowed are 0 to {highest}"
         )
 
 

@@ -77,8 +77,7 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
     for split, data in found.items():
         _check_columns(task, split, data)
     columns = {
-        split: LabelColumn.of(_column(data, task.label), data.features[task.label])
-        for split, data in found.items()
+        split: LabelColumn.of(_column(data, task.label), data.features[task.label]) for split, data in found.items()
     }
     labels = read_labels(task, columns)
     train_rows, held_out = choose_rows(task, len(training), validation is None, seed)
@@ -91,9 +90,7 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
         path = task.validation_path if split != task.train_split and task.validation_path else task.path
         return RawSplit(task, split, chosen, labels.values[split][rows], rows, _folder(path))
 
-    return RawTask(
-        task, raw(task.train_split, train_rows), raw(name, validation_rows), labels.names, labels.outputs
-    )
+    return RawTask(task, raw(task.train_split, train_rows), raw(name, validation_rows), labels.names, labels.outputs)
 
 
 def choose_rows(
@@ -131,9 +128,7 @@ def open_splits(task: ResolvedTask) -> dict[str, Loader]:
     try:
         with quiet_datasets():
             found = datasets.load_dataset(task.hub, task.subset)
-    except (
-        Exception
-    ) as error:  # network, authentication, scripts, unknown subsets: each has its own exception
+    except Exception as error:  # network, authentication, scripts, unknown subsets: each has its own exception
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise InputError(
             f"{task.key('hub')}: {task.source!r} could not be loaded ({reason}); "
@@ -167,9 +162,7 @@ def _validation(task: ResolvedTask, splits: Mapping[str, Loader]) -> tuple[str, 
         text_columns = task.columns if task.kind == "text" else ()
         found = local_splits(Path(task.validation_path), key, name, text_columns)
         if name not in found:
-            raise InputError(
-                f"{key}: {task.validation_path!r} has the splits {', '.join(found)}, but no {name}"
-            )
+            raise InputError(f"{key}: {task.validation_path!r} has the splits {', '.join(found)}, but no {name}")
         return name, _filled(task, name, found[name]())
     if task.validation_split is not None:
         if task.validation_split == task.train_split:
@@ -187,9 +180,7 @@ def _validation(task: ResolvedTask, splits: Mapping[str, Loader]) -> tuple[str, 
 
 def _split(task: ResolvedTask, splits: Mapping[str, Loader], name: str, field: str) -> Dataset:
     if name not in splits:
-        raise InputError(
-            f"{task.key(field)}: {task.source!r} has no split {name!r}; it has {', '.join(splits)}"
-        )
+        raise InputError(f"{task.key(field)}: {task.source!r} has no split {name!r}; it has {', '.join(splits)}")
     return _filled(task, name, splits[name]())
 
 
@@ -210,9 +201,7 @@ def _check_columns(task: ResolvedTask, split: str, data: Dataset) -> None:
         values = _column(data, name)
         if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
             kind = "class numbers" if isinstance(data.features[name], ClassLabel) else values.type
-            raise InputError(
-                f"{task.key('columns')}: column {name!r} of the {split} split holds {kind}, not text"
-            )
+            raise InputError(f"{task.key('columns')}: column {name!r} of the {split} split holds {kind}, not text")
         if values.null_count:
             row = int(np.flatnonzero(values.is_null().to_numpy())[0])
             raise InputError(f"{task.key('columns')}: {split} row {row} has no text in column {name!r}")

@@ -51,9 +51,7 @@ def _accuracy(predictions: Numbers, labels: Numbers) -> float:
 
 def _f1(predictions: Numbers, labels: Numbers) -> float:
     classes = 1 + max(int(predictions.max()), int(labels.max()))
-    return float(
-        f1_score(labels, predictions, average="binary" if classes <= 2 else "macro", zero_division=0)
-    )
+    return float(f1_score(labels, predictions, average="binary" if classes <= 2 else "macro", zero_division=0))
 
 
 def _matthews(predictions: Numbers, labels: Numbers) -> float:

@@ -45,9 +45,7 @@ def _cifar(name: str, label: str) -> TaskConfig:
 
 
 def _digits() -> TaskConfig:
-    return TaskConfig(
-        kind="image", path=DIGITS, validation=0.25, columns=["image"], label="label", metric="accuracy"
-    )
+    return TaskConfig(kind="image", path=DIGITS, validation=0.25, columns=["image"], label="label", metric="accuracy")
 
 
 TASK_PRESETS: dict[str, TaskConfig] = {
@@ -170,9 +168,7 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
         builtin=builtin,
         train_split=merged.train_split,
         validation_split=merged.validation_split,
-        validation_path=resolve(validation_path, f"tasks.{name}.validation_path")
-        if validation_path
-        else None,
+        validation_path=resolve(validation_path, f"tasks.{name}.validation_path") if validation_path else None,
         validation=merged.validation,
         columns=columns,
         label=label,
@@ -199,16 +195,12 @@ def _merged(name: str, task: TaskConfig) -> TaskConfig:
         near = difflib.get_close_matches(task.preset, TASK_PRESETS, 1)
         hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(TASK_PRESETS)}"
         raise InputError(f"tasks.{name}.preset: got {task.preset!r}; {hint}")
-    preset = {
-        key: value for key, value in TASK_PRESETS[task.preset].model_dump().items() if value is not None
-    }
+    preset = {key: value for key, value in TASK_PRESETS[task.preset].model_dump().items() if value is not None}
     if task.hub is not None or task.path is not None:
         preset = {key: value for key, value in preset.items() if key not in ("hub", "path")}
     one_file = task.path is not None and Path(resolve(task.path, f"tasks.{name}.path")).is_file()
     if validations or one_file:
-        preset = {
-            key: value for key, value in preset.items() if key not in ("validation", "validation_split")
-        }
+        preset = {key: value for key, value in preset.items() if key not in ("validation", "validation_split")}
     return TaskConfig.model_validate(preset | given)
 
 

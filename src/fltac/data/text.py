@@ -129,9 +129,7 @@ class TextEncoder:
         return TokenRows(columns, batch.column("input_ids").offsets.to_numpy(), padding)
 
     def _tokens(self, texts: Sequence[Sequence[str]], cut: bool) -> dict[str, list[list[int]]]:
-        options: dict[str, Any] = (
-            {"truncation": "longest_first", "max_length": self.max_length} if cut else {}
-        )
+        options: dict[str, Any] = {"truncation": "longest_first", "max_length": self.max_length} if cut else {}
         tokens = self.tokenizer(
             *[list(column) for column in texts],
             padding=False,

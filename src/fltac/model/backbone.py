@@ -49,7 +49,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
 
 def choose_device(name: str) -> torch.device:
@@ -130,9 +131,7 @@ def _load(
         options = {**options, "add_pooling_layer": pooling == "pooler"}
     try:
         with quiet_transformers():
-            model, info = model_class.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, **options
-            )
+            model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(_unloadable(name, error)) from error
     return model, sorted(info["missing_keys"])

@@ -100,9 +100,7 @@ class LaneModel:
         width = self._body_width
         for adapter in adapters:
             shapes = {name: tensor.shape for name, tensor in adapter.items() if name.startswith(HEAD)}
-            head = {
-                name: Slice(part.start + self._body_width, part.shape) for name, part in layout(shapes).items()
-            }
+            head = {name: Slice(part.start + self._body_width, part.shape) for name, part in layout(shapes).items()}
             self._heads.append(head)
             width = max([width, *(part.stop for part in head.values())])
         device = self.backbone.device

@@ -53,8 +53,7 @@ def model_card(
         f"From a run of fltac (federated LoRA with clustered task adapters), method `{facts.method}`: "
         f"cluster {facts.cluster} with {facts.members} local tasks, after round {facts.rounds}.",
         "",
-        f"- Base model: `{backbone.name}`"
-        + (f", revision `{backbone.revision}`" if backbone.revision else ""),
+        f"- Base model: `{backbone.name}`" + (f", revision `{backbone.revision}`" if backbone.revision else ""),
         f"- SHA-256 of its weights: `{backbone.fingerprint}`",
         f"- {summary}",
         f"- {head}",
@@ -95,9 +94,7 @@ def _code(backbone: Backbone, native: NativeHead | None, outputs: int | None, fa
     ]
     loading = options + ", dtype=torch.float32"
     if native:
-        loading += f", num_labels={outputs}" + (
-            ", ignore_mismatched_sizes=True" if _has_own_head(backbone) else ""
-        )
+        loading += f", num_labels={outputs}" + (", ignore_mismatched_sizes=True" if _has_own_head(backbone) else "")
     code += [
         f"model = {auto_class}.from_pretrained({loading})",
         "model = PeftModel.from_pretrained(model, folder).eval()",

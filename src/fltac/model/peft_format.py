@@ -63,9 +63,7 @@ def export_adapter(
         InputError: the adapter does not fit the targets, the rank or the backbone, has no such head, or
             ``folder`` is something else than an adapter folder.
     """
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())
-    ):
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
         raise InputError(f"{folder}: exists and is no adapter folder; allowed are a new or an empty folder")
     key = _chosen_head(adapter, head_key)
     weight = None if key is None else adapter[f"{HEAD}{key}.weight"]
@@ -84,9 +82,7 @@ def export_adapter(
     elif head:
         files[HEAD_FILE] = _safetensors(head)
     own = {"head_key": key, "prefix": native.prefix if native else ""}
-    modules = (
-        f"rank {lora.rank}, alpha {lora.alpha:g}, {'rsLoRA, ' if lora.rslora else ''}{len(targets)} modules"
-    )
+    modules = f"rank {lora.rank}, alpha {lora.alpha:g}, {'rsLoRA, ' if lora.rslora else ''}{len(targets)} modules"
     files |= {
         WEIGHTS: _safetensors(tensors),
         OWN: _json(own),
@@ -105,9 +101,7 @@ def _chosen_head(adapter: Adapter, head_key: str | None) -> str | None:
     return head_key
 
 
-def _check(
-    adapter: Adapter, key: str | None, backbone: Backbone, lora: LoraConfig, targets: Sequence[str]
-) -> None:
+def _check(adapter: Adapter, key: str | None, backbone: Backbone, lora: LoraConfig, targets: Sequence[str]) -> None:
     there = set(linear_layers(backbone.model))
     missing = [path for path in targets if path not in there]
     if missing:

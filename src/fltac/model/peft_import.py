@@ -59,9 +59,7 @@ def import_adapter(folder: Path) -> Adapter:
         elif any(key in (f"{KEYS}{module}.weight", f"{KEYS}{module}.bias") for module in saved):
             head[key.rpartition(".")[2]] = tensor
         else:
-            raise InputError(
-                f"{path}: tensor {key} is neither a LoRA factor nor the weight or bias of a head"
-            )
+            raise InputError(f"{path}: tensor {key} is neither a LoRA factor nor the weight or bias of a head")
     _check_factors(path, adapter, config["r"])
     if (folder / HEAD_FILE).exists():
         path = folder / HEAD_FILE
@@ -118,9 +116,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file in float32, by name."""
     if not path.is_file():
-        pickled = [
-            name for name in ("adapter_model.bin", "adapter_model.pt") if (path.parent / name).exists()
-        ]
+        pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (path.parent / name).exists()]
         hint = f"; {pickled[0]} is a pickle, which is never opened" if pickled else ""
         raise InputError(f"{path}: no such file{hint}")
     try:
@@ -152,9 +148,7 @@ def _check_factors(path: Path, adapter: dict[str, Tensor], rank: int) -> None:
 
 def _check_head(path: Path, head: dict[str, Tensor]) -> None:
     if set(head) != {"weight", "bias"}:
-        raise InputError(
-            f"{path}: a head needs weight and bias, found {', '.join(sorted(head)) or 'nothing'}"
-        )
+        raise InputError(f"{path}: a head needs weight and bias, found {', '.join(sorted(head)) or 'nothing'}")
     weight, bias = list(head["weight"].shape), list(head["bias"].shape)
     if len(weight) != 2:
         raise InputError(f"{path}: the head's weight has shape {weight}; expected [outputs, hidden]")

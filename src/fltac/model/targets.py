@@ -129,8 +129,7 @@ def _in_layers(model: nn.Module, found: list[str], layers: Sequence[int]) -> lis
     for layer in layers:
         if layer not in there:
             raise InputError(
-                f"lora.layers: {layer} is no layer with targets in {type(model).__name__}; "
-                f"allowed are {allowed}"
+                f"lora.layers: {layer} is no layer with targets in {type(model).__name__}; allowed are {allowed}"
             )
     return [path for path in found if index.get(path) in layers]
 

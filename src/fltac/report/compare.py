@@ -175,8 +175,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their width, so that the source reads as well as the page."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     head, *body = (
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     )
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([head, rule, *body])

@@ -13,9 +13,7 @@ LABELLED_SHARE = 0.04
 def check_plot_file(path: Path) -> None:
     """Raises InputError where the figure could not be written, before anything expensive."""
     if path.suffix.lower() not in FORMATS:
-        raise InputError(
-            f"--plot: {path}: unknown kind of figure {path.suffix!r}; allowed are {', '.join(FORMATS)}"
-        )
+        raise InputError(f"--plot: {path}: unknown kind of figure {path.suffix!r}; allowed are {', '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise InputError(f"--plot: {path}: the folder {path.parent} does not exist")
     try:

@@ -83,15 +83,11 @@ def load_results(folders: Sequence[Path]) -> list[Result]:
     found: list[tuple[Path, tuple[SeedResult, ...]]] = []
     for folder in folders:
         if not folder.is_dir():
-            raise InputError(
-                f"{folder}: no such folder; expected a run directory or a folder of seed-<n> runs"
-            )
+            raise InputError(f"{folder}: no such folder; expected a run directory or a folder of seed-<n> runs")
         own = _runs_of(folder)
         groups = [own] if own else [runs for inner in _subfolders(folder) if (runs := _runs_of(inner))]
         if not groups:
-            raise InputError(
-                f"{folder}: holds no run: neither {SUMMARY} nor {ROUNDS}, nor seed-<n> folders with them"
-            )
+            raise InputError(f"{folder}: holds no run: neither {SUMMARY} nor {ROUNDS}, nor seed-<n> folders with them")
         found += [(_common_folder(paths, folder), _read_all(paths)) for paths in groups]
     results = [Result(_label(path, runs[0].method, found), runs[0].method, runs) for path, runs in found]
     return sorted(results, key=lambda result: (_rank(result.method), result.label))

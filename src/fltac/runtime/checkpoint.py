@@ -102,9 +102,7 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     except InputError as error:
         intact = next((folder for folder in older if _is_intact(folder)), None)
         hint = (
-            f"{intact} is intact: remove {newest} to continue from there"
-            if intact
-            else "no older checkpoint is intact"
+            f"{intact} is intact: remove {newest} to continue from there" if intact else "no older checkpoint is intact"
         )
         raise InputError(f"{error}; {hint}") from error
 
@@ -130,8 +128,7 @@ def _flatten(state: ServerState) -> tuple[Tensors, dict[str, object]]:
         "clients": state.clients,
         "initial": store("initial", state.initial),
         "clusters": [
-            {"id": c.id, "members": c.members, "tensors": store(f"cluster/{c.id}", c.adapter)}
-            for c in state.clusters
+            {"id": c.id, "members": c.members, "tensors": store(f"cluster/{c.id}", c.adapter)} for c in state.clusters
         ],
         "memory": [
             {"client": client, "slot": slot, "tensors": store(f"memory/{index}", adapter)}

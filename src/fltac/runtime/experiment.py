@@ -2,22 +2,21 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fltac.client.training import Trained
-from fltac.config import Config, load_config
+from fltac.config import Config
 from fltac.data.encoded import majority_score
 from fltac.data.partition import Partition
 from fltac.errors import InputError
 from fltac.evaluation import clustering_record, score_state
-from fltac.model.lanes import DELTA
 from fltac.model.lora import detach
 from fltac.model.peft_format import CardFacts, export_adapter
-from fltac.records import HEAD, Adapter, Request, RoundReport, ServerState, head_keys
+from fltac.records import HEAD, Adapter, Cluster, Request, RoundReport, ServerState, head_keys
 from fltac.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from fltac.runtime.loop import Record, federate
 from fltac.runtime.progress import Progress, Silent
@@ -57,8 +56,7 @@ def run(config: Config, out: str | Path | None = None, progress: Progress | None
     experiment = prepare(config)
     directory = create(path, config, experiment.fingerprints, _gpu())
     directory.write_lanes({"lanes": choose_lanes(config.training), "threads": _threads(config)})
-    body = experiment.model.body_shapes
-    state = init_server(config, body, experiment.head_shapes, list(experiment.clients))
+    state = _first_state(experiment)
     save_checkpoint(directory.path, state, {}, config.output.keep_checkpoints)
     return _continue(experiment, directory, state, progress or Silent())
 
@@ -79,9 +77,7 @@ def resume(directory: str | Path, progress: Progress | None = None) -> RunResult
     if opened.lanes() is None:
         opened.write_lanes({"lanes": choose_lanes(opened.config.training), "threads": _threads(opened.config)})
     if checkpoint is None:
-        state = init_server(
-            opened.config, experiment.model.body_shapes, experiment.head_shapes, list(experiment.clients)
-        )
+        state = _first_state(experiment)
         save_checkpoint(opened.path, state, {}, opened.config.output.keep_checkpoints)
     else:
         state = checkpoint.state
@@ -121,6 +117,11 @@ def partition_of(config: Config) -> Partition:
     return load_partition(config)[1]
 
 
+def _first_state(experiment: Experiment) -> ServerState:
+    settings = experiment.config.server_settings
+    return init_server(settings, experiment.model.body_shapes, experiment.head_shapes, experiment.clients)
+
+
 def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
     opened = open_existing(path)
     checkpoint = latest_checkpoint(path)
@@ -131,9 +132,7 @@ def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
     return opened, experiment, checkpoint.state
 
 
-def _continue(
-    experiment: Experiment, directory: RunDirectory, state: ServerState, progress: Progress
-) -> RunResult:
+def _continue(experiment: Experiment, directory: RunDirectory, state: ServerState, progress: Progress) -> RunResult:
     config, model = experiment.config, experiment.model
     plan = _set_threads(directory)
     total = sum(len(client.slots) for client in experiment.clients.values())
@@ -182,9 +181,7 @@ def _continue(
 
 
 def _judged(experiment: Experiment, state: ServerState, report: RoundReport, max_rows: int | None) -> Record:
-    scores = score_state(
-        experiment.model, state, experiment.holdings, experiment.tasks, experiment.config, max_rows
-    )
+    scores = score_state(experiment.model, state, experiment.holdings, experiment.tasks, experiment.config, max_rows)
     return {
         "tasks": {name: score.record() for name, score in scores.items()},
         "mean_score": sum(score.score for score in scores.values()) / len(scores),
@@ -216,9 +213,7 @@ def _summary(experiment: Experiment, records: Sequence[Record], last: Record) ->
         "rounds": config.rounds,
         "seed": config.federation.seed,
         **{key: value for key, value in last.items() if key != "seconds"},
-        "bytes_total": {
-            way: sum(record["bytes"][way] for record in records) for way in ("up", "down")
-        },
+        "bytes_total": {way: sum(record["bytes"][way] for record in records) for way in ("up", "down")},
         "seconds_total": {
             part: sum(record["seconds"][part] for record in records) for part in ("train", "server", "evaluate")
         },
@@ -236,10 +231,7 @@ def _summary(experiment: Experiment, records: Sequence[Record], last: Record) ->
 def _slot_steps(experiment: Experiment) -> int:
     """Optimizer steps of all local tasks in all rounds, with everybody taking part: the budget of a method."""
     steps = sum(
-        local.steps
-        for client in experiment.clients.values()
-        for locals_ in client.slots.values()
-        for local in locals_
+        local.steps for client in experiment.clients.values() for locals_ in client.slots.values() for local in locals_
     )
     return steps * experiment.config.rounds
 
@@ -266,7 +258,7 @@ def _export(experiment: Experiment, state: ServerState, out: Path) -> list[Path]
     detach(experiment.backbone.model, model.layers)
     try:
         folders = []
-        for cluster in state.clusters or _initial_cluster(state):
+        for cluster in state.clusters or (Cluster(0, state.initial, ()),):
             keys = head_keys(cluster.adapter)
             for key in keys:
                 name = f"cluster-{cluster.id}" + (f"-head-{key}" if len(keys) > 1 else "")

@@ -72,15 +72,16 @@ def federate(
     Returns:
         The state after the last round.
     """
+    settings = config.server_settings
     for number in range(state.round_number + 1, rounds + 1):
         last = number == rounds
-        requests = plan_round(state, config)
+        requests = plan_round(state, settings)
         on_round(number, requests)
         exchange = runtime.exchange(requests)
         start = time.perf_counter()
-        state, report = finish_round(state, requests, exchange.replies, config, groups)
+        state, report = finish_round(state, requests, exchange.replies, settings, groups)
         served = time.perf_counter()
-        delivered = runtime.deliver(plan_delivery(state, config))[1] if last else 0
+        delivered = runtime.deliver(plan_delivery(state))[1] if last else 0
         judged = judge(state, report, last)
         sent = config.communicates
         record = {

@@ -123,9 +123,7 @@ def refuse_occupied(out: Path) -> None:
     if not foreign:
         return
     if CONFIG in foreign:
-        raise InputError(
-            f"{out} is not empty; continue it with `fltac resume {out}`, or choose another --out"
-        )
+        raise InputError(f"{out} is not empty; continue it with `fltac resume {out}`, or choose another --out")
     raise InputError(f"{out} is not empty and holds no run (there is {min(foreign)}); choose another folder")
 
 

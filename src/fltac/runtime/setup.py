@@ -159,7 +159,8 @@ def build_clients(
 def _pooled_clients(
     config: Config, partition: Partition, tasks: Mapping[str, EncodedTask]
 ) -> tuple[dict[str, Client], list[Holding]]:
-    clients, holdings = {}, []
+    clients: dict[str, Client] = {}
+    holdings: list[Holding] = []
     for name, task in tasks.items():
         parts = [rows for (_, held), rows in partition.rows.items() if held == name]
         if not parts:

@@ -8,7 +8,7 @@ from fltac.client.client import Client, plan_jobs, reply_of
 from fltac.client.training import Trained, train
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
-from fltac.records import Adapter, Reply, Request
+from fltac.records import Adapter, Request
 from fltac.runtime.loop import Exchange
 from fltac.wire.codec import decode_reply, decode_request, encode_reply, encode_request
 
@@ -42,9 +42,7 @@ class Simulation:
             for request in received
             for job in plan_jobs(self.clients[request.client], request, self.initial, self.config)
         ]
-        trained = train(
-            self.model, jobs, self.config.training, self.config.lora.dropout, self.lanes, self.on_trained
-        )
+        trained = train(self.model, jobs, self.config.training, self.config.lora.dropout, self.lanes, self.on_trained)
         by_client: dict[str, list[Trained]] = {request.client: [] for request in received}
         for result in trained:
             by_client[result.job.client].append(result)

@@ -68,11 +68,7 @@ def _decoded(name: str, entry: Mapping[str, Any]) -> FloatArray:
     dtype = _STORED.get(entry["dtype"])
     if dtype is None:
         raise WireError(f"tensor {name!r}: dtype {entry['dtype']}; allowed are {', '.join(_STORED)}")
-    return (
-        np.frombuffer(entry["data"], np.dtype(dtype).newbyteorder("<"))
-        .reshape(entry["shape"])
-        .astype(np.float32)
-    )
+    return np.frombuffer(entry["data"], np.dtype(dtype).newbyteorder("<")).reshape(entry["shape"]).astype(np.float32)
 
 
 def _record(data: bytes) -> Any:

@@ -117,9 +117,7 @@ def decode_reply(data: bytes) -> Reply:
 
 
 def _joined(groups: Mapping[str, Adapter]) -> dict[str, FloatArray]:
-    return {
-        f"{group}/{name}": tensor for group, adapter in groups.items() for name, tensor in adapter.items()
-    }
+    return {f"{group}/{name}": tensor for group, adapter in groups.items() for name, tensor in adapter.items()}
 
 
 def _split(tensors: Mapping[str, FloatArray], names: Sequence[str]) -> dict[str, dict[str, FloatArray]]:
@@ -147,9 +145,7 @@ def _unique(pairs: Sequence[tuple[str, T]]) -> dict[str, T]:
 def _check_references(request: Request) -> None:
     for slot, cluster in request.slots.items():
         if cluster not in request.adapters:
-            raise WireError(
-                f"request to client {request.client!r}: slot {slot} refers to cluster {cluster}, not sent"
-            )
+            raise WireError(f"request to client {request.client!r}: slot {slot} refers to cluster {cluster}, not sent")
 
 
 def _message(data: bytes, expected: str) -> tuple[dict[str, FloatArray], Mapping[str, Any]]:

@@ -1,0 +1,1 @@
+"""What the coordinator does with anonymous uploads: check, group, keep identities, average."""

@@ -1,0 +1,119 @@
+"""The rules by which a round's slots are grouped, one function each, in one table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fltac.config import ServerSettings
+from fltac.records import Adapter, ServerState, SlotKey, Update
+from fltac.seeding import derive, generator
+from fltac.server.clustering import Points, group, silhouette
+from fltac.server.similarity import embedding, flattened, kernel
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which slots belong together.
+
+    Attributes:
+        labels: A group number for each slot that the rule says something about; other slots stay where they are.
+        identities: True where the numbers are cluster ids already; False where groups are to be matched with the
+            clusters of the round before.
+        clustered: False where the rule compares nothing and there is nothing to report.
+        silhouette: In the space that was clustered, if one was.
+    """
+
+    labels: Mapping[SlotKey, int]
+    identities: bool
+    clustered: bool
+    silhouette: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a rule may look at.
+
+    Attributes:
+        state: The server before this round.
+        round_number: This round.
+        updates: Checked, sorted by (client, slot), at least one.
+        memory: What each slot ever seen has learned, this round included; empty for rules that do not accumulate.
+        groups: Opaque group numbers, for the rule ``given`` alone.
+    """
+
+    state: ServerState
+    round_number: int
+    updates: Sequence[Update]
+    memory: Mapping[SlotKey, Adapter]
+    groups: Mapping[SlotKey, int] | None
+
+
+def group_slots(evidence: Evidence, settings: ServerSettings) -> Grouping:
+    """Applies the configured rule."""
+    return RULES[settings.clustering.rule](evidence, settings)
+
+
+def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
+    """Algorithm 3 of arXiv 2404.15384: K-means over this round's uploads, flattened."""
+    adapters = [update.adapter for update in evidence.updates]
+    points = flattened(adapters, settings.clustering.head)
+    return _grouped([update.key for update in evidence.updates], points, evidence, settings)
+
+
+def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
+    """K-means over the top-K eigenvectors of the kernel of all that each slot has learned; all known slots."""
+    keys = sorted(evidence.memory)
+    similarity = kernel(evidence.memory, keys, settings.clustering.head)
+    return _grouped(keys, embedding(similarity, settings.k), evidence, settings)
+
+
+def _grouped(keys: Sequence[SlotKey], points: Points, evidence: Evidence, settings: ServerSettings) -> Grouping:
+    rule = settings.clustering
+    owners = [client for client, _ in keys] if rule.cannot_link else None
+    seed = derive(settings.seed, "clustering", evidence.round_number)
+    labels = group(points, settings.k, owners, rule.starts, seed)
+    found = {key: int(label) for key, label in zip(keys, labels, strict=True)}
+    return Grouping(found, identities=False, clustered=True, silhouette=silhouette(points, labels))
+
+
+def _single(evidence: Evidence, _: ServerSettings) -> Grouping:
+    """Everybody together (FedIT, arXiv 2305.05644)."""
+    return Grouping({update.key: 0 for update in evidence.updates}, identities=True, clustered=False)
+
+
+def _none(evidence: Evidence, _: ServerSettings) -> Grouping:
+    """Every slot alone; it keeps its cluster."""
+    labels, next_id = evidence.state.assignment(), evidence.state.next_cluster_id
+    for update in evidence.updates:
+        if update.key not in labels:
+            labels[update.key], next_id = next_id, next_id + 1
+    return Grouping(labels, identities=True, clustered=False)
+
+
+def _given(evidence: Evidence, _: ServerSettings) -> Grouping:
+    """Groups from outside: the oracle's."""
+    assert evidence.groups is not None, "the rule 'given' needs group numbers"
+    labels = {update.key: evidence.groups[update.key] for update in evidence.updates}
+    return Grouping(labels, identities=True, clustered=True)
+
+
+def _random(evidence: Evidence, settings: ServerSettings) -> Grouping:
+    """A seeded random group for each slot, the same in all rounds."""
+
+    def draw(key: SlotKey) -> int:
+        return int(generator(settings.seed, "random-groups", client=key[0], slot=key[1]).integers(settings.k))
+
+    labels = {update.key: draw(update.key) for update in evidence.updates}
+    return Grouping(labels, identities=True, clustered=True)
+
+
+RULES: dict[str, Callable[[Evidence, ServerSettings], Grouping]] = {
+    "kmeans": _kmeans,
+    "spectral": _spectral,
+    "single": _single,
+    "none": _none,
+    "given": _given,
+    "random": _random,
+}
+
+ACCUMULATING = frozenset({"spectral"})
+"""Rules that need what each slot has learned over the rounds."""

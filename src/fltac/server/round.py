@@ -1,0 +1,199 @@
+"""A round from the server's side: state in, requests out; state and replies in, state and report out.
+
+No function here keeps anything, and no type here has room for a task's name.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fltac.config import ServerSettings
+from fltac.records import (
+    LORA_A,
+    Adapter,
+    Cluster,
+    FloatArray,
+    Reply,
+    Request,
+    RoundReport,
+    ServerState,
+    SlotKey,
+    Update,
+)
+from fltac.seeding import generator
+from fltac.server.aggregation import mean_adapter, weights_of
+from fltac.server.grouping import ACCUMULATING, Evidence, Grouping, group_slots
+from fltac.server.matching import match_clusters
+from fltac.server.similarity import accumulated, learned
+from fltac.server.validation import accept_updates
+
+HEAD_DEVIATION = 0.02
+"""Of a head's first weights, as transformers draws a classifier's."""
+
+
+def init_server(
+    settings: ServerSettings,
+    body_shapes: Mapping[str, tuple[int, ...]],
+    head_shapes: Mapping[str, tuple[int, int]],
+    clients: Iterable[str],
+) -> ServerState:
+    """The state before the first round, with the first adapter v0.
+
+    Args:
+        settings: Gives the seed.
+        body_shapes: Name to shape of all adapter tensors that are not heads.
+        head_shapes: Head key to (outputs, hidden).
+        clients: Ids of all clients.
+
+    Returns:
+        A is drawn from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, everything else of the body is zero, so that v0
+        changes nothing; head weights are drawn from N(0, 0.02^2), biases are zero.
+    """
+    initial: dict[str, FloatArray] = {}
+    draw = generator(settings.seed, "initial-adapter")
+    for name, shape in body_shapes.items():
+        bound = shape[-1] ** -0.5
+        value = draw.uniform(-bound, bound, shape) if name.endswith(LORA_A) else np.zeros(shape)
+        initial[name] = value.astype(np.float32)
+    for key, (outputs, hidden) in head_shapes.items():
+        initial[f"head.{key}.weight"] = draw.normal(0.0, HEAD_DEVIATION, (outputs, hidden)).astype(np.float32)
+        initial[f"head.{key}.bias"] = np.zeros(outputs, dtype=np.float32)
+    return ServerState(round_number=0, initial=initial, clients=tuple(sorted(clients)))
+
+
+def draw_cohort(clients: Sequence[str], participation: float, seed: int, round_number: int) -> tuple[str, ...]:
+    """The clients asked in a round: a seeded share of all, at least one, sorted."""
+    count = max(1, round(participation * len(clients)))
+    chosen = generator(seed, "cohort", round_number).choice(len(clients), count, replace=False)
+    return tuple(clients[index] for index in sorted(chosen))
+
+
+def plan_round(state: ServerState, settings: ServerSettings) -> list[Request]:
+    """The requests of the next round, one for each client of the cohort, sorted by client."""
+    number = state.round_number + 1
+    cohort = draw_cohort(state.clients, settings.participation, settings.seed, number)
+    return _requests(state, number, cohort)
+
+
+def plan_delivery(state: ServerState) -> list[Request]:
+    """What every client is sent after the last round."""
+    return _requests(state, state.round_number, state.clients)
+
+
+def _requests(state: ServerState, number: int, clients: Sequence[str]) -> list[Request]:
+    """A client that has a cluster for one of its slots has answered before, and so holds v0 already."""
+    adapters = {cluster.id: cluster.adapter for cluster in state.clusters}
+    slots: dict[str, dict[int, int]] = {client: {} for client in clients}
+    for (client, slot), cluster in sorted(state.assignment().items()):
+        if client in slots:
+            slots[client][slot] = cluster
+    return [
+        Request(
+            round_number=number,
+            client=client,
+            slots=own,
+            adapters={cluster: adapters[cluster] for cluster in sorted(set(own.values()))},
+            initial=None if own else state.initial,
+        )
+        for client, own in slots.items()
+    ]
+
+
+def finish_round(
+    state: ServerState,
+    requests: Sequence[Request],
+    replies: Sequence[Reply],
+    settings: ServerSettings,
+    groups: Mapping[SlotKey, int] | None = None,
+) -> tuple[ServerState, RoundReport]:
+    """Checks, groups, keeps identities, averages.
+
+    Args:
+        state: Before the round.
+        requests: What was sent.
+        replies: What came back, in any order; missing clients are reported.
+        settings: The server's settings.
+        groups: Opaque group numbers for the rule ``given``.
+
+    Returns:
+        The state after the round and the report. Without a single update to use, only the round number changes.
+    """
+    number = state.round_number + 1
+    cohort = tuple(sorted(request.client for request in requests))
+    updates, rejections = accept_updates(replies, cohort, state.initial)
+    if not updates:
+        nothing = RoundReport(number, cohort, 0, tuple(rejections), None, None)
+        return replace(state, round_number=number), nothing
+    memory = _remember(state, updates, settings) if settings.clustering.rule in ACCUMULATING else state.memory
+    grouping = group_slots(Evidence(state, number, updates, memory, groups), settings)
+    clusters = _clusters(state, updates, grouping, settings)
+    after = ServerState(
+        round_number=number,
+        initial=state.initial,
+        clients=state.clients,
+        clusters=clusters,
+        memory=memory,
+        next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
+    )
+    k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None
+    return after, RoundReport(number, cohort, len(updates), tuple(rejections), k, grouping.silhouette)
+
+
+def _remember(state: ServerState, updates: Sequence[Update], settings: ServerSettings) -> dict[SlotKey, Adapter]:
+    """Adds to each slot's memory what it has learned since this round began."""
+    memory = dict(state.memory)
+    received = _received(state)
+    for update in updates:
+        change = learned(received.get(update.key, state.initial), update.adapter)
+        memory[update.key] = accumulated(memory.get(update.key), change, settings.clustering.memory)
+    return dict(sorted(memory.items()))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A slot of a group: what it holds now, and its update if it sent one."""
+
+    key: SlotKey
+    adapter: Adapter
+    update: Update | None
+
+
+def _clusters(
+    state: ServerState, updates: Sequence[Update], grouping: Grouping, settings: ServerSettings
+) -> tuple[Cluster, ...]:
+    """The clusters after the round: members, means, identities; clusters without members keep their adapter."""
+    by_key = {update.key: update for update in updates}
+    received = _received(state)
+    groups: dict[int, list[_Member]] = {}
+    for key, label in sorted(grouping.labels.items()):
+        update = by_key.get(key)
+        adapter = update.adapter if update else received.get(key, state.initial)
+        groups.setdefault(label, []).append(_Member(key, adapter, update))
+    means = [_mean(members, settings) for members in groups.values()]
+    ids = list(groups) if grouping.identities else match_clusters(means, state.clusters, state.next_cluster_id)
+    members_of = {cluster.id: set(cluster.members) - set(grouping.labels) for cluster in state.clusters}
+    adapters = {cluster.id: cluster.adapter for cluster in state.clusters}
+    for number, members, mean in zip(ids, groups.values(), means, strict=True):
+        members_of.setdefault(number, set()).update(member.key for member in members)
+        adapters[number] = _with_old_heads(mean, adapters.get(number))
+    return tuple(Cluster(number, adapters[number], tuple(sorted(members_of[number]))) for number in sorted(adapters))
+
+
+def _mean(members: Sequence[_Member], settings: ServerSettings) -> Adapter:
+    """Over this round's updates; where the whole group was not asked, over what its slots hold."""
+    updates = [member.update for member in members if member.update is not None]
+    if not updates:
+        return mean_adapter([member.adapter for member in members], [1.0] * len(members))
+    weights = weights_of(updates, settings.aggregation.weighting)
+    return mean_adapter([update.adapter for update in updates], weights)
+
+
+def _with_old_heads(mean: Adapter, before: Adapter | None) -> Adapter:
+    """A head that no update of this round had stays as it was, for members that were not asked."""
+    missing = {name: tensor for name, tensor in (before or {}).items() if name not in mean}
+    return {**mean, **missing}
+
+
+def _received(state: ServerState) -> dict[SlotKey, Adapter]:
+    return {key: cluster.adapter for cluster in state.clusters for key in cluster.members}

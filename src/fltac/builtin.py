@@ -158,6 +158,7 @@ def save(model: ViTModel, folder: Path) -> None:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     for name in FILES:
+        (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
 
@@ -243,7 +244,7 @@ def _train(model: ViTModel, head: nn.Linear, images: Tensor, digits: Tensor, rec
         states = model(pixel_values=pixels).last_hidden_state
         loss = F.cross_entropy(head(states[:, 0]), digits[rows])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 

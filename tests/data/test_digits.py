@@ -51,9 +51,8 @@ def test_labels(name: str) -> None:
 def test_the_tasks_contradict_each_other() -> None:
     labels = np.stack([task_rows(name)[1] for name in ANSWERS])
     agreement = (labels[:, None] == labels[None]).mean(axis=2)
-    others = agreement[~np.eye(len(ANSWERS), dtype=bool)]
-    assert others.min() > 0.25
-    assert others.max() < 0.75
+    # The closest pair, a loop and a multiple of three, differs in three digits of ten.
+    assert agreement[~np.eye(len(ANSWERS), dtype=bool)].max() < 0.75
 
 
 def test_pixels_fill_a_byte() -> None:

@@ -13,6 +13,7 @@ from fltac.data.encoded import EncodedTask, load_tasks
 from fltac.data.partition import Partition, make_partition
 from fltac.errors import InputError
 from fltac.evaluation import Holding
+from fltac.model.attention import use_float32_attention
 from fltac.model.backbone import Backbone, load_backbone
 from fltac.model.lanes import LaneModel
 from fltac.model.targets import find_targets, layer_shapes
@@ -99,6 +100,7 @@ def prepare(config: Config) -> Experiment:
     modules = layer_shapes(backbone.model, paths)
     precision = choose_precision(config.training, backbone.device)
     backbone.model.to(precision)
+    use_float32_attention(backbone.model)
     dtype = torch.float64 if precision == torch.float64 else torch.float32
     model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
     clients, holdings = build_clients(config, partition, tasks)

@@ -15,7 +15,7 @@ from fltac import load_config
 from fltac.errors import InputError
 from fltac.report.compare import comparison_table, load_results
 from fltac.runtime.experiment import resume, run
-from fltac.runtime.progress import make_progress
+from fltac.runtime.progress import for_stream
 from fltac.runtime.run_directory import CONFIG
 
 NOT_RECORDS = ("checkpoints", "adapters", "lanes.json")
@@ -44,9 +44,9 @@ def main() -> int:
                 settings = [f"method={method}", *args.overrides, f"federation.seed={seed}"]
                 print(f"{method}, seed {seed} -> {directory}", file=sys.stderr)
                 if (directory / CONFIG).exists():
-                    resume(directory, make_progress())
+                    resume(directory, for_stream())
                 else:
-                    run(load_config(args.config, settings), directory, make_progress())
+                    run(load_config(args.config, settings), directory, for_stream())
                 if args.records:
                     strip(directory)
                 directories.append(directory)

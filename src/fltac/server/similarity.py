@@ -30,7 +30,7 @@ def flattened(adapters: Sequence[Adapter], head: bool) -> FloatArray:
     }
     rows = [
         np.concatenate(
-            [np.ravel(adapter[name]) if name in adapter else np.zeros(shapes[name]) for name in sorted(shapes)]
+            [np.ravel(adapter[name]) if name in adapter else np.zeros(shapes[name]).ravel() for name in sorted(shapes)]
         )
         for adapter in adapters
     ]

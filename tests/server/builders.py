@@ -1,0 +1,61 @@
+"""Tiny adapters, updates and settings for tests of the server."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fltac.config import ServerSettings, load_config
+from fltac.records import Adapter, Reply, ServerState, Update
+from fltac.server.round import init_server
+
+BODY = {"m.lora_A": (1, 3), "m.lora_B": (2, 1)}
+HEADS = {"2": (2, 3)}
+
+
+def server(*overrides: str) -> ServerSettings:
+    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}, overrides)
+    return config.server_settings
+
+
+def state(*clients: str, heads: Mapping[str, tuple[int, int]] = HEADS, **settings: Any) -> ServerState:
+    return init_server(settings.get("settings") or server(), BODY, heads, clients)
+
+
+def adapter(a: float, b: float, head: float = 0.0, key: str = "2", outputs: int = 2) -> Adapter:
+    """Constant factors; the product is ``a * b`` everywhere."""
+    return {
+        "m.lora_A": np.full((1, 3), a, np.float32),
+        "m.lora_B": np.full((2, 1), b, np.float32),
+        f"head.{key}.weight": np.full((outputs, 3), head, np.float32),
+        f"head.{key}.bias": np.zeros(outputs, np.float32),
+    }
+
+
+def update(client: str, slot: int, tensors: Adapter, examples: int = 1) -> Update:
+    return Update(client, slot, tensors, examples)
+
+
+def reply(client: str, *adapters: Adapter, examples: int = 1) -> Reply:
+    return Reply(client, tuple(update(client, slot, item, examples) for slot, item in enumerate(adapters)))
+
+
+def planted(
+    clients: int, tasks: int, seed: int = 0, noise: float = 0.3, rank: int = 1, features: int = 12
+) -> tuple[list[Update], list[int]]:
+    """Every client holds every task; slots of a task share a direction in A, B and head. Returns the truth too."""
+    draw = np.random.default_rng(seed)
+    centres = [
+        (draw.normal(size=(rank, features)), draw.normal(size=(features, rank)), draw.normal(size=(2, features)))
+        for _ in range(tasks)
+    ]
+    updates, truth = [], []
+    for client in range(clients):
+        for slot, task in enumerate(draw.permutation(tasks)):
+            a, b, head = (
+                (part + noise * draw.normal(size=part.shape)).astype(np.float32) for part in centres[int(task)]
+            )
+            tensors = {"m.lora_A": a, "m.lora_B": b, "head.2.weight": head, "head.2.bias": np.zeros(2, np.float32)}
+            updates.append(Update(f"client-{client}", slot, tensors, 1))
+            truth.append(int(task))
+    return updates, truth

@@ -1,0 +1,102 @@
+"""K-means against scikit-learn, the constrained assignment against all permutations."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
+
+from fltac.server.clustering import assign_distinct, group, silhouette, squared_distances
+
+
+def blobs(seed: int = 0, owners: int = 6, k: int = 3, spread: float = 0.2) -> tuple[np.ndarray, list[str], list[int]]:
+    draw = np.random.default_rng(seed)
+    centres = draw.normal(size=(k, 4))
+    points = [centres[task] + spread * draw.normal(size=4) for _ in range(owners) for task in range(k)]
+    return np.array(points), [f"c{owner}" for owner in range(owners) for _ in range(k)], list(range(k)) * owners
+
+
+def test_plain_is_scikit_learn() -> None:
+    points, _, _ = blobs()
+    expected = KMeans(3, n_init=7, random_state=5).fit_predict(points)
+    assert adjusted_rand_score(expected, group(points, 3, None, 7, 5)) == 1.0
+
+
+def test_cannot_link_repairs_what_plain_k_means_confuses() -> None:
+    """Two of three centres overlap; only whose the points are tells them apart. Mean ARI of eight draws."""
+    centres = np.array([[0.0, 0.0], [0.6, 0.0], [9.0, 0.0]])
+    owners, truth = [str(index // 3) for index in range(36)], [index % 3 for index in range(36)]
+    plain, linked = [], []
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        points = np.array([centres[task] + 0.3 * draw.normal(size=2) for task in truth])
+        plain.append(adjusted_rand_score(truth, group(points, 3, None, 20, 0)))
+        linked.append(adjusted_rand_score(truth, group(points, 3, owners, 20, 0)))
+    assert np.mean(linked) > np.mean(plain) + 0.1
+
+
+@given(seed=st.integers(0, 50), n=st.integers(1, 4), k=st.integers(1, 4))
+def test_assignment_is_the_cheapest_of_all(seed: int, n: int, k: int) -> None:
+    costs = np.random.default_rng(seed).random((n, k))
+    labels = assign_distinct(costs, [np.arange(n)])
+    capacity = -(-n // k)
+    best = min(
+        sum(costs[row, column % k] for row, column in enumerate(columns))
+        for columns in permutations(range(k * capacity), n)
+    )
+    assert costs[np.arange(n), labels].sum() == pytest.approx(best)
+    assert np.bincount(labels).max() <= capacity
+
+
+def test_slots_of_a_client_fall_into_different_clusters() -> None:
+    points, owners, truth = blobs(spread=5.0)
+    labels = group(points, 3, owners, 5, 0)
+    for owner in set(owners):
+        own = [label for label, name in zip(labels, owners, strict=True) if name == owner]
+        assert len(set(own)) == len(own)
+    assert len(truth) == len(labels)
+
+
+def test_more_slots_than_clusters_share_them_evenly() -> None:
+    points = np.random.default_rng(1).normal(size=(12, 2))
+    labels = group(points, 2, ["a"] * 5 + ["b"] * 7, 3, 0)
+    assert np.bincount(labels[:5]).max() == 3
+    assert np.bincount(labels[5:]).max() == 4
+
+
+def test_the_order_of_the_points_does_not_matter() -> None:
+    points, owners, _ = blobs(seed=3)
+    order = np.random.default_rng(0).permutation(len(points))
+    straight = group(points, 3, owners, 10, 0)
+    shuffled = group(points[order], 3, [owners[index] for index in order], 10, 0)
+    assert adjusted_rand_score(straight[order], shuffled) == 1.0
+
+
+def test_fewer_points_than_clusters_are_each_alone() -> None:
+    assert list(group(np.ones((2, 3)), 5, ["a", "a"], 3, 0)) == [0, 1]
+    assert list(group(np.ones((3, 3)), 3, None, 3, 0)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("owners", [None, ["a", "a", "b", "b", "c"]])
+def test_points_that_are_all_alike(owners: list[str] | None) -> None:
+    labels = group(np.zeros((5, 3)), 2, owners, 3, 0)
+    assert set(labels) <= {0, 1}
+    if owners:
+        assert labels[0] != labels[1]
+        assert labels[2] != labels[3]
+
+
+def test_distances_by_hand() -> None:
+    found = squared_distances(np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[3.0, 4.0]]))
+    np.testing.assert_allclose(found, [[25.0], [0.0]])
+
+
+def test_silhouette_where_it_is_not_defined() -> None:
+    points = np.array([[0.0], [1.0], [9.0]])
+    assert silhouette(points, np.array([0, 0, 0])) is None
+    assert silhouette(points, np.array([0, 1, 2])) is None
+    # By hand: a = 1, b = 9 or 8; the single point counts 0.
+    assert silhouette(points, np.array([0, 0, 1])) == pytest.approx((8 / 9 + 7 / 8) / 3)

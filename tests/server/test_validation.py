@@ -1,0 +1,85 @@
+"""Every fault of a reply is named, and what is good in the round is kept."""
+
+import numpy as np
+import pytest
+
+from fltac.records import Rejection, Reply
+from fltac.server.validation import LARGEST, accept_updates, update_fault
+from server.builders import adapter, reply, state, update
+
+INITIAL = state("a", "b").initial
+GOOD = adapter(1.0, 2.0, 3.0)
+
+
+def changed(**tensors: object) -> dict[str, object]:
+    return {**GOOD, **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
+
+
+FAULTS = {
+    "missing": ({k: v for k, v in GOOD.items() if k != "m.lora_B"}, "tensor m.lora_B is missing"),
+    "bias": ({k: v for k, v in GOOD.items() if k != "head.2.bias"}, "tensor head.2.bias is missing"),
+    "extra": (changed(other=np.zeros(1, np.float32)), "tensor other is not part of the adapter"),
+    "shape": (
+        changed(m__lora_A=np.zeros((2, 3), np.float32)),
+        "tensor m.lora_A has shape [2, 3]; expected [1, 3]",
+    ),
+    "head": (changed(head__3__weight=np.zeros((3, 3), np.float32)), "tensor head.3.weight is not part of the adapter"),
+    "dtype": (changed(m__lora_A=np.zeros((1, 3))), "tensor m.lora_A is float64; expected float32"),
+    "nan": (
+        changed(m__lora_B=np.array([[1], [np.nan]], np.float32)),
+        "tensor m.lora_B has values that are not finite",
+    ),
+    "inf": (
+        changed(m__lora_B=np.array([[1], [np.inf]], np.float32)),
+        "tensor m.lora_B has values that are not finite",
+    ),
+    "large": (
+        changed(m__lora_B=np.array([[1], [-2 * LARGEST]], np.float32)),
+        "tensor m.lora_B has the value 2e+06; allowed are up to 1e+06",
+    ),
+    "headless": ({k: v for k, v in GOOD.items() if "head" not in k}, "it has no head"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_upload_is_named_and_the_others_are_used(fault: str) -> None:
+    tensors, reason = FAULTS[fault]
+    updates, rejections = accept_updates([reply("b", GOOD), reply("a", GOOD, tensors)], ["a", "b"], INITIAL)
+    assert [item.key for item in updates] == [("a", 0), ("b", 0)]
+    assert rejections == [Rejection("a", 1, reason)]
+
+
+def test_an_empty_adapter_names_its_first_tensor() -> None:
+    assert update_fault(update("a", 0, {}), "a", set(), INITIAL) == "tensor m.lora_A is missing"
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (update("b", 0, GOOD), "slot 0 claims to be of client 'b'"),
+        (update("a", -1, GOOD), "slot is -1; allowed are numbers from 0"),
+        (update("a", 4, GOOD), "slot 4 occurs twice"),
+        (update("a", 0, GOOD, examples=0), "examples is 0; allowed are numbers from 1"),
+    ],
+)
+def test_faults_beside_the_tensors(item: object, reason: str) -> None:
+    assert update_fault(item, "a", {4}, INITIAL) == reason  # type: ignore[arg-type]
+
+
+def test_clients_that_fail_are_silent_or_were_not_asked() -> None:
+    replies = [Reply("a", error="out of memory"), reply("x", GOOD), reply("c", GOOD), reply("c", adapter(9, 9))]
+    updates, rejections = accept_updates(replies, ["a", "b", "c"], INITIAL)
+    assert [item.client for item in updates] == ["c"]
+    assert updates[0].adapter is GOOD
+    assert set(rejections) == {
+        Rejection("a", None, "out of memory"),
+        Rejection("b", None, "no reply"),
+        Rejection("c", None, "replied twice; the first reply counts"),
+        Rejection("x", None, "was not asked in this round"),
+    }
+
+
+def test_the_order_of_replies_does_not_matter() -> None:
+    replies = [reply("a", GOOD, GOOD), reply("b", GOOD)]
+    one, other = accept_updates(replies, ["a", "b"], INITIAL), accept_updates(replies[::-1], ["b", "a"], INITIAL)
+    assert [item.key for item in one[0]] == [item.key for item in other[0]] == [("a", 0), ("a", 1), ("b", 0)]

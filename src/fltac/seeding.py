@@ -1,8 +1,10 @@
 """Every random choice of a run, derived from (seed, purpose, round, client, slot).
 
 Nothing depends on the order in which clients are visited: each choice has its own generator, keyed by what it
-is for. Purposes in use: ``partition``, ``validation-split``, ``initial-adapter``, ``cohort``, ``batches``,
-``dropout``, ``clustering``, ``random-groups``, ``evaluation-rows``, ``interleave``.
+is for. Purposes in use: ``partition``, ``task-cap``, ``slots``, ``validation-split``, ``initial-adapter``,
+``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``, ``random-groups``,
+``evaluation-rows``; with seed 0, whatever the run's, ``digits-halves``, ``digits-vit-weights``,
+``digits-vit-batches``.
 """
 
 import hashlib

@@ -10,12 +10,13 @@ from fltac.report.results import Result, SeedResult, load_results
 __all__ = ["comparison_json", "comparison_table", "load_results"]
 
 NOT_FEDERATED: Final = frozenset({"zero", "local", "central-single", "central", "central-full"})
-TOLD_TASKS: Final = frozenset({"oracle"})
+TOLD_TASKS: Final = frozenset({"oracle", "fedit-heads"})
+"""Federated methods that are told which task an adapter or a head belongs to."""
 MISSING: Final = "-"
 CAPTION: Final = (
     "Scores are means over the clients that hold the task, of the adapter each one received. "
-    "Bold: the best federated score of the column; majority, zero, local, central and the oracle, which is "
-    "told the true tasks, do not count. ±: standard deviation over seeds. "
+    "Bold: the best federated score of the column among the methods that are not told the tasks. "
+    "±: standard deviation over seeds. "
     "MB: 10^6 bytes of all clients and rounds."
 )
 
@@ -43,12 +44,12 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 def comparison_table(results: Sequence[Result]) -> str:
     """A Markdown table with a row for the majority class and one for each result, and a caption below."""
-    tasks = _tasks(results)
+    tasks = tasks_of(results)
     labels = [_label(result) for result in results]
-    scores = [[*(_score(result, task) for task in tasks), _mean_score(result)] for result in results]
+    scores = [[*(score_of(result, task) for task in tasks), _mean_score(result)] for result in results]
     bold = [_bold(results, [row[column] for row in scores]) for column in range(len(tasks) + 1)]
     rows = [["method", *(_heading(results, task) for task in tasks), "mean", *HEADINGS]]
-    majority = _majority(results)
+    majority = majority_of(results)
     if majority:
         shown = [f"{majority[task]:.3f}" if task in majority else MISSING for task in tasks]
         whole = f"{mean(majority[task] for task in tasks):.3f}" if set(tasks) <= set(majority) else MISSING
@@ -65,7 +66,7 @@ def comparison_table(results: Sequence[Result]) -> str:
 def comparison_json(results: Sequence[Result]) -> dict[str, object]:
     """The same as values: ``majority`` by task, and ``rows`` with the mean and deviation of each number."""
     return {
-        "majority": _majority(results),
+        "majority": majority_of(results),
         "rows": [
             {
                 "label": result.label,
@@ -76,10 +77,10 @@ def comparison_json(results: Sequence[Result]) -> dict[str, object]:
                 "tasks": {
                     task: {
                         "metric": result.runs[0].metrics.get(task),
-                        "score": _values(_score(result, task)),
+                        "score": _values(score_of(result, task)),
                         "worst_client": _values(spread([run.worst_client.get(task) for run in result.runs])),
                     }
-                    for task in _tasks([result])
+                    for task in tasks_of([result])
                 },
                 "mean_score": _values(_mean_score(result)),
                 **{name: _values(_over(result, get)) for name, get in FACTS.items()},
@@ -125,12 +126,13 @@ def _bold(results: Sequence[Result], column: Sequence[Spread | None]) -> set[int
     return {index for index, value in shown.items() if value == max(shown.values())}
 
 
-def _tasks(results: Sequence[Result]) -> list[str]:
+def tasks_of(results: Sequence[Result]) -> list[str]:
     """All tasks, in the order in which they first occur."""
     return list(dict.fromkeys(task for result in results for run in result.runs for task in run.scores))
 
 
-def _score(result: Result, task: str) -> Spread | None:
+def score_of(result: Result, task: str) -> Spread | None:
+    """A task's score over a result's seeds."""
     return spread([run.scores.get(task) for run in result.runs])
 
 
@@ -142,7 +144,7 @@ def _over(result: Result, get: Callable[[SeedResult], float | None]) -> Spread |
     return spread([get(run) for run in result.runs])
 
 
-def _majority(results: Sequence[Result]) -> dict[str, float]:
+def majority_of(results: Sequence[Result]) -> dict[str, float]:
     """By task, the mean over the runs, whose validation rows may differ by seed."""
     found: dict[str, list[float]] = {}
     for result in results:
@@ -153,8 +155,10 @@ def _majority(results: Sequence[Result]) -> dict[str, float]:
 
 
 def _label(result: Result) -> str:
-    unfinished = [run for run in result.runs if not run.finished]
-    return f"{result.label} (unfinished)" if unfinished else result.label
+    notes = ["told the tasks"] if result.method in TOLD_TASKS else []
+    if any(not run.finished for run in result.runs):
+        notes.append("unfinished")
+    return f"{result.label} ({', '.join(notes)})" if notes else result.label
 
 
 def _heading(results: Sequence[Result], task: str) -> str:

@@ -165,6 +165,8 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
     received = decode_adapter(encode_adapter(state.initial, config.wire.dtype))
     simulation = Simulation(experiment.clients, model, config, int(plan["lanes"]), received, on_trained)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
+    for line in _truncation(experiment):
+        progress.message(line)
     progress.start(config.rounds, total)
     try:
         state = federate(state, config.rounds, config, simulation, judge, keep, on_round, groups)
@@ -178,6 +180,16 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         progress.close()
         model.restore()
     return RunResult(directory.path, summary)
+
+
+def _truncation(experiment: Experiment) -> list[str]:
+    """One line for each split with rows that were cut."""
+    return [
+        f"{name}: {split.truncated} of {len(split)} {which} rows are cut at {int(split.lengths.max())} tokens"
+        for name, task in experiment.tasks.items()
+        for which, split in (("training", task.train), ("validation", task.validation))
+        if split.truncated
+    ]
 
 
 def _judged(experiment: Experiment, state: ServerState, report: RoundReport, max_rows: int | None) -> Record:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from fltac.client.training import Step, TrainJob, plan_lanes, train, train_group
+from fltac.client.schedule import LanePlan
+from fltac.client.training import Step, TrainJob, pools, train, train_pool
 from fltac.config import BackboneConfig, TrainingConfig
 from fltac.model.backbone import load_backbone
 from fltac.model.lanes import LaneModel
@@ -120,8 +121,8 @@ def peft_training(folder: Path, job: TrainJob, config: TrainingConfig, dtype: to
 def trained_values(model: LaneModel, lane: int) -> dict[str, torch.Tensor]:
     """The lane's tensors in the model's own precision (``read`` rounds to float32)."""
     return {
-        name: model.values[lane, part.start : part.stop].view(part.shape).clone()
-        for name, part in model._parts(lane).items()
+        name: model.rows()[lane, part.start : part.stop].view(part.shape).clone()
+        for name, part in model.parts(lane).items()
     }
 
 
@@ -129,6 +130,10 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     assert one.keys() == other.keys()
     return max(float((torch.as_tensor(one[name]) - torch.as_tensor(other[name])).abs().max()) for name in one)
 
+
+ALONE, TOGETHER = LanePlan(1, 2**62), LanePlan(3, 2**62)
+MIXED = LanePlan(2, 2**62)
+"""With three jobs, the two in a pass change from pass to pass."""
 
 SETTINGS = {
     "adamw": TrainingConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1),
@@ -143,7 +148,7 @@ SETTINGS = {
 def test_one_lane_equals_peft(tiny_bert: Path, setting: str, dtype: torch.dtype, tolerance: float) -> None:
     model = make_model(tiny_bert, dtype)
     job = make_job(model, "a", seed=1)
-    train_group(model, [job], SETTINGS[setting], dropout=0.0)
+    train_pool(model, [job], SETTINGS[setting], 0.0, ALONE)
     ours = trained_values(model, 0)
     theirs = peft_training(tiny_bert, job, SETTINGS[setting], dtype)
     assert largest_difference(ours, theirs) < tolerance
@@ -153,7 +158,10 @@ def test_one_lane_equals_peft(tiny_bert: Path, setting: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_lanes_equal_separate_runs(tiny_bert: Path, dtype: torch.dtype, tolerance: float, dropout: float) -> None:
+@pytest.mark.parametrize("plan", [TOGETHER, MIXED])
+def test_lanes_equal_separate_runs(
+    tiny_bert: Path, plan: LanePlan, dtype: torch.dtype, tolerance: float, dropout: float
+) -> None:
     """Lanes of other lengths, other heads and fewer steps beside it change nothing for a lane."""
     model = make_model(tiny_bert, dtype)
     config = TrainingConfig(lr=1e-2, clip_norm=0.05, schedule="cosine", warmup_steps=3)
@@ -162,38 +170,39 @@ def test_lanes_equal_separate_runs(tiny_bert: Path, dtype: torch.dtype, toleranc
         make_job(model, "b", seed=2, outputs=3, longest=6),
         make_job(model, "c", seed=3, steps=11, shortest=10),
     ]
-    train_group(model, jobs, config, dropout)
+    train_pool(model, jobs, config, dropout, plan)
     together = [trained_values(model, lane) for lane in range(3)]
     for lane, job in enumerate(jobs):
-        train_group(model, [job], config, dropout)
+        train_pool(model, [job], config, dropout, ALONE)
         assert largest_difference(together[lane], trained_values(model, 0)) < tolerance
 
 
 def test_dropout_changes_the_result(tiny_bert: Path) -> None:
     model = make_model(tiny_bert, torch.float32)
     job = make_job(model, "a", seed=1)
-    plain = train_group(model, [job], SETTINGS["adamw"], 0.0)[0].adapter
-    dropped = train_group(model, [job], SETTINGS["adamw"], 0.3)[0].adapter
+    plain = train_pool(model, [job], SETTINGS["adamw"], 0.0, ALONE)[0].adapter
+    dropped = train_pool(model, [job], SETTINGS["adamw"], 0.3, ALONE)[0].adapter
     assert largest_difference(dict(plain), dict(dropped)) > 1e-4
 
 
 def test_results_come_in_the_order_of_the_jobs_whatever_the_lanes(tiny_bert: Path) -> None:
     model = make_model(tiny_bert, torch.float32)
     jobs = [make_job(model, name, seed) for seed, name in enumerate("dbca")]
-    alone = train(model, jobs, SETTINGS["adamw"], 0.0, lanes=1)
-    grouped = train(model, jobs, SETTINGS["adamw"], 0.0, lanes=3)
+    alone = train(model, jobs, SETTINGS["adamw"], 0.0, ALONE)
+    grouped = train(model, jobs, SETTINGS["adamw"], 0.0, TOGETHER)
     assert [result.job.client for result in grouped] == list("dbca")
     for one, other in zip(alone, grouped, strict=True):
         assert largest_difference(dict(one.adapter), dict(other.adapter)) < 1e-4
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
 
 
-def test_plan_lanes_does_not_depend_on_the_order(tiny_bert: Path) -> None:
+def test_pools_do_not_depend_on_the_order(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fltac.client.training.POOL", 2)
     model = make_model(tiny_bert, torch.float32)
     jobs = [make_job(model, name, seed) for seed, name in enumerate("abcde")]
-    plan = [[job.client for job in group] for group in plan_lanes(jobs, 2)]
-    assert plan == [[job.client for job in group] for group in plan_lanes(jobs[::-1], 2)]
-    assert sorted(len(group) for group in plan) == [1, 2, 2]
+    found = [[job.client for job in pool] for pool in pools(jobs)]
+    assert found == [[job.client for job in pool] for pool in pools(jobs[::-1])]
+    assert sorted(len(pool) for pool in found) == [1, 2, 2]
 
 
 def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path) -> None:
@@ -203,7 +212,7 @@ def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path
     start = {name: np.zeros_like(tensor) if name.endswith(".delta") else tensor for name, tensor in draw.start.items()}
     job = TrainJob("a", 0, start, draw.steps, 30, 0)
     config = TrainingConfig(optimizer="sgd", lr=0.05, clip_norm=None)
-    result = train_group(model, [job], config, 0.0)[0].adapter
+    result = train_pool(model, [job], config, 0.0, ALONE)[0].adapter
     model.restore()
 
     reference = AutoModel.from_pretrained(tiny_bert, add_pooling_layer=False)

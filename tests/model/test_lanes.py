@@ -96,7 +96,7 @@ def test_lanes_equal_peft(name: str, tmp_path: Path) -> None:
         theirs, gradients = peft_features(tmp_path, targets, adapter, batch)
         ours = features[lane * ROWS : (lane + 1) * ROWS]
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-        for key, part in model._body.items():
+        for key, part in model.parts(lane).items():
             gradient = model.gradients[lane, part.start : part.stop].view(part.shape)
             torch.testing.assert_close(gradient, gradients[key], atol=1e-4, rtol=1e-3)
         with torch.no_grad():
@@ -160,3 +160,19 @@ def test_an_adapter_is_read_back_as_it_was_loaded(tiny_bert: Path) -> None:
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             np.testing.assert_array_equal(found[key], tensor)
+
+
+def test_adapters_take_turns_in_a_pass(tiny_bert: Path) -> None:
+    """What was changed in a pass is still there when other adapters have been in it since."""
+    backbone = load_backbone(BackboneConfig(name=str(tiny_bert), device="cpu"), "text")
+    model = LaneModel(backbone, layer_shapes(backbone.model, find_targets(backbone.model, None, None)), RANK, SCALING)
+    adapters = [{key: np.full(shape, n, np.float32) for key, shape in model.body_shapes.items()} for n in range(3)]
+    model.load(adapters, lanes=2)
+    assert model.values.shape[0] == 2
+    model.activate([2, 0])
+    model.values.add_(10.0)
+    model.activate([1, 2])
+    np.testing.assert_array_equal(model.values[:, 0], [1.0, 12.0])
+    model.values[0] = 5.0
+    found = [set(np.unique(np.concatenate([t.ravel() for t in model.read(n).values()]))) for n in range(3)]
+    assert found == [{10.0}, {5.0}, {12.0}]

@@ -38,56 +38,69 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
 
 
 class LaneOptimizer:
-    """One local training's optimizer for several lanes that started together.
+    """The optimizer of several adapters, each at a step of its own."""
 
-    Lanes are ordered by their number of steps, the longest first, so that the lanes still training are always
-    the first rows. All of them are at the same step, which is their own step count.
-    """
+    def __init__(self, config: TrainingConfig, received: Tensor, steps: Sequence[int]) -> None:
+        """Prepares moments for all adapters.
 
-    def __init__(self, config: TrainingConfig, values: Tensor, gradients: Tensor, steps: Sequence[int]) -> None:
-        """Keeps references to ``values`` and ``gradients`` ``[lanes, width]``; ``steps`` is each lane's total."""
+        Args:
+            config: The ``training`` section.
+            received: ``[adapters, width]``, the values before the first step.
+            steps: Each adapter's number of steps in this round.
+        """
         self.config = config
-        self.values = values
-        self.gradients = gradients
         self.steps = steps
-        self.step_number = 0
-        self.received = values.clone() if config.prox else values
-        self.first = torch.zeros_like(values)
-        self.second = torch.zeros_like(values) if config.optimizer == "adamw" else self.first
+        self.done = [0] * len(steps)
+        self.received = received.clone() if config.prox else received
+        self.first = torch.zeros_like(received)
+        self.second = torch.zeros_like(received) if config.optimizer == "adamw" else self.first
 
     @torch.no_grad()
-    def step(self, active: int) -> None:
-        """One step of the first ``active`` lanes from their gradients, which are then zeroed."""
-        config, w, g = self.config, self.values[:active], self.gradients[:active]
+    def step(self, numbers: Sequence[int], values: Tensor, gradients: Tensor) -> None:
+        """One step of some adapters from their gradients, which are then zeroed.
+
+        Args:
+            numbers: Which adapters.
+            values: ``[len(numbers), width]``, changed in place.
+            gradients: The same shape.
+        """
+        config, w, g, rows = self.config, values, gradients, list(numbers)
         if config.prox:
-            g.add_(w - self.received[:active], alpha=config.prox)
+            g.add_(w - self.received[rows], alpha=config.prox)
         if config.clip_norm is not None:
             norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
             g.mul_((config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        rates = [learning_rate(config, self.step_number, self.steps[lane]) for lane in range(active)]
-        rate = torch.tensor(rates, dtype=w.dtype, device=w.device).unsqueeze(1)
+        rate = self._column([learning_rate(config, self.done[row], self.steps[row]) for row in rows], w)
         if config.optimizer == "adamw":
-            self._adamw(w, g, rate, active)
+            self._adamw(w, g, rate, rows)
         else:
-            self._sgd(w, g, rate, active)
+            self._sgd(w, g, rate, rows)
         g.zero_()
-        self.step_number += 1
+        for row in rows:
+            self.done[row] += 1
 
-    def _adamw(self, w: Tensor, g: Tensor, rate: Tensor, active: int) -> None:
+    def _adamw(self, w: Tensor, g: Tensor, rate: Tensor, rows: list[int]) -> None:
         """Decoupled weight decay (arXiv 1711.05101), as torch.optim.AdamW computes it."""
-        m, v, count = self.first[:active], self.second[:active], self.step_number + 1
+        counts = [self.done[row] + 1 for row in rows]
+        first_share = self._column([1.0 - BETA1**count for count in counts], w)
+        second_root = self._column([math.sqrt(1.0 - BETA2**count) for count in counts], w)
         if self.config.weight_decay:
             w.mul_(1.0 - rate * self.config.weight_decay)
-        m.lerp_(g, 1.0 - BETA1)
-        v.mul_(BETA2).addcmul_(g, g, value=1.0 - BETA2)
-        denominator = v.sqrt().div_(math.sqrt(1.0 - BETA2**count)).add_(EPSILON)
-        w.sub_(m / denominator * (rate / (1.0 - BETA1**count)))
+        m = self.first[rows].lerp_(g, 1.0 - BETA1)
+        v = self.second[rows].mul_(BETA2).addcmul_(g, g, value=1.0 - BETA2)
+        self.first[rows], self.second[rows] = m, v
+        w.sub_(m / (v.sqrt_() / second_root).add_(EPSILON) * (rate / first_share))
 
-    def _sgd(self, w: Tensor, g: Tensor, rate: Tensor, active: int) -> None:
+    def _sgd(self, w: Tensor, g: Tensor, rate: Tensor, rows: list[int]) -> None:
         """Momentum and coupled weight decay, as torch.optim.SGD computes them."""
         if self.config.weight_decay:
             g = g + self.config.weight_decay * w
         if self.config.momentum:
-            buffer = self.first[:active]
-            g = buffer.copy_(g) if self.step_number == 0 else buffer.mul_(self.config.momentum).add_(g)
+            # From zero, the first step gives the gradient itself.
+            g = self.first[rows].mul_(self.config.momentum).add_(g)
+            self.first[rows] = g
         w.sub_(rate * g)
+
+    @staticmethod
+    def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(numbers, dtype=like.dtype, device=like.device).unsqueeze(1)

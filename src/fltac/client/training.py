@@ -6,6 +6,7 @@ The loss of a batch is the sum of the lanes' own mean losses, so each lane's gra
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fltac.client.optimizer import LaneOptimizer
+from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
 from fltac.data.encoded import EncodedTask
 from fltac.model.lanes import LaneModel
@@ -46,9 +48,19 @@ class TrainJob:
     dropout_seed: int
 
     @property
+    def rows(self) -> int:
+        """Rows in each batch."""
+        return len(self.steps[0].rows)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each batch's longest row: ``[steps]``."""
+        return np.array([step.length for step in self.steps], dtype=np.int64)
+
+    @property
     def tokens(self) -> float:
         """Mean length of the batches in tokens."""
-        return float(np.mean([step.length for step in self.steps]))
+        return float(self.lengths.mean())
 
 
 @dataclass(frozen=True)
@@ -60,19 +72,12 @@ class Trained:
     loss: float
 
 
-def plan_lanes(jobs: Sequence[TrainJob], lanes: int) -> list[list[TrainJob]]:
-    """Groups jobs that train side by side: by batch size, then steps and length, at most ``lanes`` in a group.
+OnPass = Callable[[int, Tensor], None]
+"""Told after a pass how many adapters were in it, and their losses; reading those waits for a GPU."""
 
-    A fixed function of the jobs, whatever their order. In a group the longest training comes first.
-    """
-    ordered = sorted(jobs, key=lambda job: (len(job.steps[0].rows), len(job.steps), job.tokens, job.client, job.slot))
-    groups: list[list[TrainJob]] = []
-    for job in ordered:
-        full = not groups or len(groups[-1]) == lanes
-        if full or len(groups[-1][0].steps[0].rows) != len(job.steps[0].rows):
-            groups.append([])
-        groups[-1].append(job)
-    return [sorted(group, key=lambda job: -len(job.steps)) for group in groups]
+
+def no_report(active: int, losses: Tensor) -> None:
+    """Says nothing."""
 
 
 def train(
@@ -80,8 +85,8 @@ def train(
     jobs: Sequence[TrainJob],
     config: TrainingConfig,
     dropout: float,
-    lanes: int,
-    on_trained: Callable[[Trained], None] = lambda _: None,
+    plan: LanePlan,
+    on_pass: OnPass = no_report,
 ) -> list[Trained]:
     """Trains all jobs.
 
@@ -90,40 +95,63 @@ def train(
         jobs: In any order.
         config: The ``training`` section.
         dropout: Of the adapters' inputs.
-        lanes: How many jobs may share a pass.
-        on_trained: Called for each job when it is done.
+        plan: How large a pass may be.
+        on_pass: Called after each pass.
 
     Returns:
         One result for each job, in the order of ``jobs``.
     """
     results: dict[tuple[str, int], Trained] = {}
-    for group in plan_lanes(jobs, lanes):
-        for trained in train_group(model, group, config, dropout):
+    for pool in pools(jobs):
+        for trained in train_pool(model, pool, config, dropout, plan, on_pass):
             results[trained.job.client, trained.job.slot] = trained
-            on_trained(trained)
     return [results[job.client, job.slot] for job in jobs]
 
 
-def train_group(model: LaneModel, group: Sequence[TrainJob], config: TrainingConfig, dropout: float) -> list[Trained]:
-    """Trains the jobs of one group side by side, the longest training first; returns results in that order."""
-    model.load([job.start for job in group])
-    counts = [len(job.steps) for job in group]
-    optimizer = LaneOptimizer(config, model.values, model.gradients, counts)
+def pools(jobs: Sequence[TrainJob]) -> list[list[TrainJob]]:
+    """Groups jobs that are in memory together: equal batch sizes, near in steps and length.
+
+    A fixed function of the jobs, whatever their order.
+    """
+    ordered = sorted(jobs, key=lambda job: (job.rows, len(job.steps), job.tokens, job.client, job.slot))
+    out: list[list[TrainJob]] = []
+    for job in ordered:
+        if not out or len(out[-1]) == POOL or out[-1][0].rows != job.rows:
+            out.append([])
+        out[-1].append(job)
+    return out
+
+
+def train_pool(
+    model: LaneModel,
+    pool: Sequence[TrainJob],
+    config: TrainingConfig,
+    dropout: float,
+    plan: LanePlan,
+    on_pass: OnPass = no_report,
+) -> list[Trained]:
+    """Trains jobs of one batch size through common passes; returns results in the order of ``pool``."""
+    passes = plan_passes([job.lengths for job in pool], pool[0].rows, plan)
+    model.load([job.start for job in pool], max(map(len, passes)))
+    optimizer = LaneOptimizer(config, model.rows(), [len(job.steps) for job in pool])
+    generators = [torch.Generator().manual_seed(job.dropout_seed) for job in pool]
     model.lanes.dropout = dropout
-    model.lanes.generators = [torch.Generator().manual_seed(job.dropout_seed) for job in group]
-    losses = torch.zeros(len(group), dtype=torch.float64)
-    for number in range(counts[0]):
-        active = sum(count > number for count in counts)
-        steps = [job.steps[number] for job in group[:active]]
-        loss = lane_losses(model, steps)
+    sums = torch.zeros(len(pool), dtype=torch.float32, device=model.values.device)
+    for numbers in passes:
+        model.activate(numbers)
+        model.lanes.generators = [generators[number] for number in numbers]
+        losses = lane_losses(model, [pool[number].steps[optimizer.done[number]] for number in numbers])
         with warnings.catch_warnings():
             # The gradients' strides are those of the matrix that the optimizer works on.
             warnings.filterwarnings("ignore", message="grad and param do not obey")
-            loss.sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step(active)
-        losses[:active] += loss.detach().double().cpu()
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        active = len(numbers)
+        optimizer.step(numbers, model.values[:active], model.gradients[:active])
+        sums[numbers] += losses.detach().float()
+        on_pass(active, losses.detach())
     model.lanes.dropout = 0.0
-    return [Trained(job, model.read(lane), float(losses[lane]) / counts[lane]) for lane, job in enumerate(group)]
+    totals = sums.tolist()
+    return [Trained(job, model.read(number), totals[number] / len(job.steps)) for number, job in enumerate(pool)]
 
 
 def lane_losses(model: LaneModel, steps: Sequence[Step]) -> Tensor:

@@ -1,7 +1,7 @@
-"""The trainable numbers of several adapters: one matrix, a row for each lane, with the layers looking into it.
+"""The trainable numbers of several adapters: one matrix, a row for each, and the few rows that are in a pass.
 
-An optimizer then works on whole rows (norms, steps and moments are each lane's own by construction), and an
-adapter is loaded or read by copying one row.
+The layers look into a second, smaller matrix with a row for each lane of the pass. An optimizer works on whole rows
+(norms, steps and moments are each lane's own by construction), and an adapter is loaded or read by copying one row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,8 +50,9 @@ class LaneModel:
         backbone: The frozen model; its target layers are wrapped for as long as this object is in use.
         body_shapes: Name and shape of every adapter tensor that is not a head: ``<path>.lora_A`` ``[rank, in]`` and
             ``<path>.lora_B`` ``[out, rank]``, or ``<parameter>.delta`` for full fine-tuning.
-        values: ``[lanes, width]``, one adapter a row: the body, then the lane's heads.
+        values: ``[lanes, width]``, the adapters in the pass, one a row: the body, then the adapter's heads.
         gradients: The same shape; filled by ``backward``.
+        in_pass: Number of the adapter in each of the first lanes.
     """
 
     def __init__(
@@ -86,15 +87,18 @@ class LaneModel:
         self._body = layout(self.body_shapes)
         self._body_width = max((part.stop for part in self._body.values()), default=0)
         self._heads: list[dict[str, Slice]] = []
-        self.values = torch.empty(0, 0, dtype=dtype)
-        self.gradients = torch.empty(0, 0, dtype=dtype)
+        self._all = torch.empty(0, 0, dtype=dtype)
+        self.values = self._all
+        self.gradients = self._all
+        self.in_pass: tuple[int, ...] = ()
         self._head_tensors: list[dict[str, Tensor]] = []
 
-    def load(self, adapters: Sequence[Adapter]) -> None:
-        """Makes one lane for each adapter, replacing all lanes there were.
+    def load(self, adapters: Sequence[Adapter], lanes: int | None = None) -> None:
+        """Takes adapters in, replacing all there were, and puts the first ones into the pass.
 
         Args:
             adapters: Each with the whole body; they may hold different heads.
+            lanes: The most that are in a pass together; default: all.
         """
         self._heads = []
         width = self._body_width
@@ -104,21 +108,45 @@ class LaneModel:
             self._heads.append(head)
             width = max([width, *(part.stop for part in head.values())])
         device = self.backbone.device
-        self.values = torch.zeros(len(adapters), width, dtype=self.dtype, device=device)
+        self._all = torch.zeros(len(adapters), width, dtype=self.dtype, device=device)
+        for number, adapter in enumerate(adapters):
+            for name, part in self.parts(number).items():
+                value = torch.from_numpy(np.asarray(adapter[name])).to(self._all)
+                if name.endswith(DELTA):
+                    value = value + self._frozen[name.removesuffix(DELTA)].to(self._all)
+                self._all[number, part.start : part.stop] = value.flatten()
+        count = min(lanes or len(adapters), len(adapters))
+        self.values = torch.zeros(count, width, dtype=self.dtype, device=device)
         self.gradients = torch.zeros_like(self.values)
-        for lane, adapter in enumerate(adapters):
-            for name, part in self._parts(lane).items():
-                value = torch.from_numpy(np.asarray(adapter[name])).to(self.values)
-                if name in self._body and name.endswith(DELTA):
-                    value = value + self._frozen[name.removesuffix(DELTA)].to(self.values)
-                self.values[lane, part.start : part.stop] = value.flatten()
-        self._bind()
+        self.in_pass = ()
+        self._bind_body()
+        self.activate(range(count))
 
-    def read(self, lane: int) -> dict[str, np.ndarray[Shape, np.dtype[np.float32]]]:
-        """Copies one lane's adapter out, in float32 on the CPU."""
-        out = {}
-        for name, part in self._parts(lane).items():
-            value = self.values[lane, part.start : part.stop].view(part.shape)
+    @torch.no_grad()
+    def activate(self, numbers: Sequence[int]) -> None:
+        """Puts these adapters into the first lanes, in this order, after storing those that were there."""
+        chosen = tuple(numbers)
+        if chosen == self.in_pass:
+            return
+        self._store()
+        self.in_pass = chosen
+        self.values[: len(chosen)] = self._all[list(chosen)]
+        self._head_tensors = [
+            {name: self._leaf(lane, part) for name, part in self._heads[number].items()}
+            for lane, number in enumerate(chosen)
+        ]
+
+    @torch.no_grad()
+    def rows(self) -> Tensor:
+        """All adapters' numbers ``[adapters, width]``, in this object's precision; not a copy."""
+        self._store()
+        return self._all
+
+    def read(self, number: int) -> dict[str, np.ndarray[Shape, np.dtype[np.float32]]]:
+        """Copies one adapter out, in float32 on the CPU."""
+        out, row = {}, self.rows()[number]
+        for name, part in self.parts(number).items():
+            value = row[part.start : part.stop].view(part.shape)
             if name.endswith(DELTA):
                 value = value - self._frozen[name.removesuffix(DELTA)].to(value)
             out[name] = value.detach().to("cpu", torch.float32, copy=True).numpy()
@@ -129,7 +157,7 @@ class LaneModel:
 
         Args:
             batch: As ``backbone.pooled`` takes it, the rows ordered by lane, equally many for each.
-            active: Number of lanes in the batch, the first so many; 0 for the bare backbone.
+            active: Number of lanes in the batch, the first so many of the pass; 0 for the bare backbone.
 
         Returns:
             ``[rows, hidden]``.
@@ -152,10 +180,15 @@ class LaneModel:
                 parameter.grad = None
                 parameter.data = self._frozen[name].clone()
 
-    def _parts(self, lane: int) -> dict[str, Slice]:
-        return {**self._body, **self._heads[lane]}
+    def parts(self, number: int) -> dict[str, Slice]:
+        """Where an adapter's tensors lie in its row."""
+        return {**self._body, **self._heads[number]}
 
-    def _bind(self) -> None:
+    def _store(self) -> None:
+        if self.in_pass:
+            self._all[list(self.in_pass)] = self.values[: len(self.in_pass)]
+
+    def _bind_body(self) -> None:
         """Points the layers at their columns; autograd adds each gradient in place into ``gradients``."""
         for path, layer in self.layers.items():
             layer.lora_A = self._leaf(slice(None), self._body[path + LORA_A])
@@ -165,9 +198,6 @@ class LaneModel:
             _point(parameter, self.values[0, part.start : part.stop].view(part.shape))
             parameter.requires_grad_(True)
             parameter.grad = self.gradients[0, part.start : part.stop].view(part.shape)
-        self._head_tensors = [
-            {name: self._leaf(lane, part) for name, part in head.items()} for lane, head in enumerate(self._heads)
-        ]
 
     def _leaf(self, lane: int | slice, part: Slice) -> Tensor:
         values = self.values[lane, part.start : part.stop]

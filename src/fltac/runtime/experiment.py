@@ -1,28 +1,28 @@
 """A run from its configuration to its directory: ``run``, ``resume``, ``evaluate``, ``export``, ``partition_of``."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fltac.client.training import Trained
+from fltac.client.schedule import LanePlan
 from fltac.config import Config
-from fltac.data.encoded import majority_score
 from fltac.data.partition import Partition
 from fltac.errors import InputError
-from fltac.evaluation import clustering_record, score_state
-from fltac.model.lora import detach
-from fltac.model.peft_format import CardFacts, export_adapter
-from fltac.records import HEAD, Adapter, Cluster, Request, RoundReport, ServerState, head_keys
+from fltac.evaluation import clustering_record
+from fltac.records import RoundReport, ServerState
 from fltac.runtime.checkpoint import latest_checkpoint, save_checkpoint
+from fltac.runtime.export import export_clusters
 from fltac.runtime.loop import Record, federate
+from fltac.runtime.meter import Meter
 from fltac.runtime.progress import Progress, Silent
-from fltac.runtime.run_directory import RunDirectory, create, open_existing, peak_rss_bytes, refuse_occupied
-from fltac.runtime.setup import Experiment, choose_lanes, load_partition, prepare
+from fltac.runtime.run_directory import RunDirectory, create, open_existing, refuse_occupied
+from fltac.runtime.setup import Experiment, choose_plan, load_partition, prepare
 from fltac.runtime.simulation import Simulation
+from fltac.runtime.summary import judged, no_report, summarised, truncation_lines, untrained_record
 from fltac.server.round import init_server
 from fltac.wire.codec import decode_adapter, encode_adapter
 
@@ -55,7 +55,7 @@ def run(config: Config, out: str | Path | None = None, progress: Progress | None
     refuse_occupied(path)
     experiment = prepare(config)
     directory = create(path, config, experiment.fingerprints, _gpu())
-    directory.write_lanes({"lanes": choose_lanes(config.training), "threads": _threads(config)})
+    directory.write_lanes(_lane_plan(experiment))
     state = _first_state(experiment)
     save_checkpoint(directory.path, state, {}, config.output.keep_checkpoints)
     return _continue(experiment, directory, state, progress or Silent())
@@ -75,7 +75,7 @@ def resume(directory: str | Path, progress: Progress | None = None) -> RunResult
     experiment = prepare(opened.config)
     _refuse_changed(opened, experiment)
     if opened.lanes() is None:
-        opened.write_lanes({"lanes": choose_lanes(opened.config.training), "threads": _threads(opened.config)})
+        opened.write_lanes(_lane_plan(experiment))
     if checkpoint is None:
         state = _first_state(experiment)
         save_checkpoint(opened.path, state, {}, opened.config.output.keep_checkpoints)
@@ -94,7 +94,7 @@ def evaluate(directory: str | Path, progress: Progress | None = None) -> Record:
     opened, experiment, state = _opened(Path(directory))
     _set_threads(opened)
     (progress or Silent()).message(f"evaluating round {state.round_number} of {opened.path}")
-    record = {"round": state.round_number, **_judged(experiment, state, _no_report(state), None)}
+    record = {"round": state.round_number, **judged(experiment, state, no_report(state), None)}
     opened.write_evaluation(record)
     return record
 
@@ -109,7 +109,7 @@ def export(directory: str | Path, out: str | Path) -> list[Path]:
     _, experiment, state = _opened(Path(directory))
     if experiment.config.training.trainable == "all":
         raise InputError(f"{directory}: training.trainable=all leaves no adapters to export")
-    return _export(experiment, state, Path(out))
+    return export_clusters(experiment, state, Path(out))
 
 
 def partition_of(config: Config) -> Partition:
@@ -135,24 +135,16 @@ def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
 def _continue(experiment: Experiment, directory: RunDirectory, state: ServerState, progress: Progress) -> RunResult:
     config, model = experiment.config, experiment.model
     plan = _set_threads(directory)
+    passes = LanePlan(int(plan["lanes"]), int(plan["tokens"]))
     total = sum(len(client.slots) for client in experiment.clients.values())
-    done = {"slots": 0, "of": total}
-
-    def on_trained(trained: Trained) -> None:
-        done["slots"] += 1
-        progress.slots_done(done["slots"], trained.loss, done["of"])
-
-    def on_round(number: int, requests: Sequence[Request]) -> None:
-        done["slots"] = 0
-        done["of"] = sum(len(experiment.clients[request.client].slots) for request in requests)
-        progress.round_started(number, len(requests))
+    meter = Meter(experiment, progress)
 
     def judge(state: ServerState, report: RoundReport, last: bool) -> Record:
         every = config.evaluation.every
         if last:
-            return _judged(experiment, state, report, None)
+            return judged(experiment, state, report, None)
         if every and report.round_number % every == 0:
-            return _judged(experiment, state, report, config.evaluation.max_rows)
+            return judged(experiment, state, report, config.evaluation.max_rows)
         clustering = clustering_record(state, report, experiment.holdings)
         return {"tasks": None, "mean_score": None, "clustering": clustering}
 
@@ -163,134 +155,23 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         progress.round_finished(record)
 
     received = decode_adapter(encode_adapter(state.initial, config.wire.dtype))
-    simulation = Simulation(experiment.clients, model, config, int(plan["lanes"]), received, on_trained)
+    simulation = Simulation(experiment.clients, model, config, passes, received, meter.on_pass)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
-    for line in _truncation(experiment):
+    for line in truncation_lines(experiment):
         progress.message(line)
     progress.start(config.rounds, total)
     try:
-        state = federate(state, config.rounds, config, simulation, judge, keep, on_round, groups)
+        state = federate(state, config.rounds, config, simulation, judge, keep, meter.on_round, groups)
         records = directory.rounds()
-        last = records[-1] if records else _untrained_record(experiment, state)
+        last = records[-1] if records else untrained_record(experiment, state)
         if config.output.adapters and config.training.trainable == "lora":
-            _export(experiment, state, directory.path / "adapters")
-        summary = _summary(experiment, records, last)
+            export_clusters(experiment, state, directory.path / "adapters")
+        summary = summarised(experiment, records, last)
         directory.write_summary(summary)
     finally:
         progress.close()
         model.restore()
     return RunResult(directory.path, summary)
-
-
-def _truncation(experiment: Experiment) -> list[str]:
-    """One line for each split with rows that were cut."""
-    return [
-        f"{name}: {split.truncated} of {len(split)} {which} rows are cut at {int(split.lengths.max())} tokens"
-        for name, task in experiment.tasks.items()
-        for which, split in (("training", task.train), ("validation", task.validation))
-        if split.truncated
-    ]
-
-
-def _judged(experiment: Experiment, state: ServerState, report: RoundReport, max_rows: int | None) -> Record:
-    scores = score_state(experiment.model, state, experiment.holdings, experiment.tasks, experiment.config, max_rows)
-    return {
-        "tasks": {name: score.record() for name, score in scores.items()},
-        "mean_score": sum(score.score for score in scores.values()) / len(scores),
-        "clustering": clustering_record(state, report, experiment.holdings),
-    }
-
-
-def _no_report(state: ServerState) -> RoundReport:
-    return RoundReport(state.round_number, (), 0, (), None, None)
-
-
-def _untrained_record(experiment: Experiment, state: ServerState) -> Record:
-    """The record of a run without rounds: everybody holds v0."""
-    return {
-        "round": 0,
-        "clients": 0,
-        "updates": 0,
-        "rejected": 0,
-        **_judged(experiment, state, _no_report(state), None),
-        "bytes": {"up": 0, "down": 0},
-        "loss": None,
-    }
-
-
-def _summary(experiment: Experiment, records: Sequence[Record], last: Record) -> dict[str, Any]:
-    config = experiment.config
-    return {
-        "method": config.method,
-        "rounds": config.rounds,
-        "seed": config.federation.seed,
-        **{key: value for key, value in last.items() if key != "seconds"},
-        "bytes_total": {way: sum(record["bytes"][way] for record in records) for way in ("up", "down")},
-        "seconds_total": {
-            part: sum(record["seconds"][part] for record in records) for part in ("train", "server", "evaluate")
-        },
-        "slot_steps": _slot_steps(experiment),
-        "trainable_parameters": _trainable_parameters(experiment),
-        "baselines": {"majority": {name: majority_score(task) for name, task in experiment.tasks.items()}},
-        "truncated_rows": {
-            name: {"train": task.train.truncated, "validation": task.validation.truncated}
-            for name, task in experiment.tasks.items()
-        },
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def _slot_steps(experiment: Experiment) -> int:
-    """Optimizer steps of all local tasks in all rounds, with everybody taking part: the budget of a method."""
-    steps = sum(
-        local.steps for client in experiment.clients.values() for locals_ in client.slots.values() for local in locals_
-    )
-    return steps * experiment.config.rounds
-
-
-def _trainable_parameters(experiment: Experiment) -> dict[str, int]:
-    """Parameters of one slot's adapter, by the shapes of the heads it holds."""
-    body = experiment.model.body_shapes.values()
-    size = sum(int(torch.Size(shape).numel()) for shape in body)
-    out = {}
-    for client in experiment.clients.values():
-        for locals_ in client.slots.values():
-            keys = {local.head_key: experiment.head_shapes[local.head_key] for local in locals_}
-            label = "+".join(f"{outputs}x{hidden}" for outputs, hidden in sorted(keys.values()))
-            out[label] = size + sum(outputs * hidden + outputs for outputs, hidden in keys.values())
-    return dict(sorted(out.items()))
-
-
-def _export(experiment: Experiment, state: ServerState, out: Path) -> list[Path]:
-    """One folder for each cluster; one for each head where a cluster's adapter has several.
-
-    The backbone in memory may be rounded to bfloat16 and carries lanes, so both are undone first; the run is over.
-    """
-    model, config = experiment.model, experiment.config
-    detach(experiment.backbone.model, model.layers)
-    try:
-        folders = []
-        for cluster in state.clusters or (Cluster(0, state.initial, ()),):
-            keys = head_keys(cluster.adapter)
-            for key in keys:
-                name = f"cluster-{cluster.id}" + (f"-head-{key}" if len(keys) > 1 else "")
-                card = CardFacts(
-                    method=config.method, rounds=state.round_number, members=len(cluster.members), cluster=cluster.id
-                )
-                adapter = _with_one_head(cluster.adapter, key)
-                backbone, targets = experiment.backbone, list(experiment.modules)
-                export_adapter(out / name, adapter, key, backbone, config.lora, targets, card)
-                folders.append(out / name)
-        return folders
-    finally:
-        for path, layer in model.layers.items():
-            parent, _, name = path.rpartition(".")
-            setattr(experiment.backbone.model.get_submodule(parent), name, layer)
-
-
-def _with_one_head(adapter: Adapter, key: str) -> Adapter:
-    other = [name for name in adapter if name.startswith(HEAD) and not name.startswith(f"{HEAD}{key}.")]
-    return {name: tensor for name, tensor in adapter.items() if name not in other}
 
 
 def _refuse_changed(opened: RunDirectory, experiment: Experiment) -> None:
@@ -308,6 +189,12 @@ def _threads(config: Config) -> int:
     return config.training.threads or (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
+
+
+def _lane_plan(experiment: Experiment) -> dict[str, int]:
+    """What is fixed for the whole run since it changes rounding."""
+    plan = choose_plan(experiment.config.training, experiment.backbone)
+    return {"lanes": plan.lanes, "tokens": plan.tokens, "threads": _threads(experiment.config)}
 
 
 def _set_threads(directory: RunDirectory) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from fltac.builtin import builtin_folder
 from fltac.client.client import Client, LocalTask, local_steps
+from fltac.client.schedule import POOL, LanePlan
 from fltac.config import Config, TrainingConfig
 from fltac.data.encoded import EncodedTask, load_tasks
 from fltac.data.partition import Partition, make_partition
@@ -20,8 +21,10 @@ from fltac.model.targets import find_targets, layer_shapes
 from fltac.paths import BUILTIN, resolve
 from fltac.records import SlotKey
 
-ROWS_PER_PASS = 64
-"""What ``training.lanes: auto`` aims at: more rows in a pass did not make it faster on a CPU."""
+TOKENS_PER_PASS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
+"""What ``training.lanes: auto`` fills a pass up to. On a CPU larger passes cost padding and gained nothing."""
+
+NO_LIMIT = 2**62
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -123,11 +126,28 @@ def choose_precision(config: TrainingConfig, device: torch.device) -> torch.dtyp
     return torch.bfloat16 if cuda else torch.float32
 
 
-def choose_lanes(config: TrainingConfig) -> int:
-    """How many adapters share a pass; full fine-tuning has the backbone for itself."""
+def choose_plan(config: TrainingConfig, backbone: Backbone) -> LanePlan:
+    """How large a pass may be; full fine-tuning has the backbone for itself."""
     if config.trainable == "all":
+        return LanePlan(1, NO_LIMIT)
+    if config.lanes != "auto":
+        return LanePlan(config.lanes, NO_LIMIT)
+    return LanePlan(POOL, max(1, TOKENS_PER_PASS[backbone.device.type] // _tokens_per_length(backbone)))
+
+
+def _tokens_per_length(backbone: Backbone) -> int:
+    """What one unit of a row's length is in the backbone: a token of text, all patches of an image."""
+    config = backbone.model.config
+    if backbone.kind == "text":
         return 1
-    return max(1, ROWS_PER_PASS // config.batch_size) if config.lanes == "auto" else config.lanes
+    patch = getattr(config, "patch_size", None) or 16
+    size = getattr(config, "image_size", None) or 224
+    (height, width), (rows, columns) = _pair(size), _pair(patch)
+    return (height // rows) * (width // columns) + 1
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def build_clients(

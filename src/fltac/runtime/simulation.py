@@ -1,11 +1,12 @@
 """In-process federation: all clients in one process around one frozen backbone, every payload encoded as on a wire."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fltac.client.client import Client, plan_jobs, reply_of
-from fltac.client.training import Trained, train
+from fltac.client.schedule import LanePlan
+from fltac.client.training import OnPass, Trained, no_report, train
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
 from fltac.records import Adapter, Request
@@ -21,17 +22,17 @@ class Simulation:
         clients: By id.
         model: The backbone with its lanes.
         config: The run's configuration.
-        lanes: How many adapters share a pass; they may belong to different clients.
+        plan: How large a pass may be; its adapters may belong to different clients.
         initial: v0, which a client keeps once it has received it.
-        on_trained: Called after each slot's training.
+        on_pass: Called after each pass.
     """
 
     clients: Mapping[str, Client]
     model: LaneModel
     config: Config
-    lanes: int
+    plan: LanePlan
     initial: Adapter
-    on_trained: Callable[[Trained], None] = lambda _: None
+    on_pass: OnPass = no_report
 
     def exchange(self, requests: Sequence[Request]) -> Exchange:
         """Sends the requests, trains, and collects the replies."""
@@ -42,7 +43,7 @@ class Simulation:
             for request in received
             for job in plan_jobs(self.clients[request.client], request, self.initial, self.config)
         ]
-        trained = train(self.model, jobs, self.config.training, self.config.lora.dropout, self.lanes, self.on_trained)
+        trained = train(self.model, jobs, self.config.training, self.config.lora.dropout, self.plan, self.on_pass)
         by_client: dict[str, list[Trained]] = {request.client: [] for request in received}
         for result in trained:
             by_client[result.job.client].append(result)

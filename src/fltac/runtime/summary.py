@@ -1,0 +1,100 @@
+"""What a run says of its scores: the evaluator's part of a round's record, and ``summary.json``."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from fltac.data.encoded import majority_score
+from fltac.evaluation import clustering_record, score_state
+from fltac.records import RoundReport, ServerState
+from fltac.runtime.loop import Record
+from fltac.runtime.run_directory import peak_rss_bytes
+from fltac.runtime.setup import Experiment
+
+
+def judged(experiment: Experiment, state: ServerState, report: RoundReport, max_rows: int | None) -> Record:
+    """Scores a state on so many validation rows of each task, and compares its clusters with the true tasks."""
+    scores = score_state(experiment.model, state, experiment.holdings, experiment.tasks, experiment.config, max_rows)
+    return {
+        "tasks": {name: score.record() for name, score in scores.items()},
+        "mean_score": sum(score.score for score in scores.values()) / len(scores),
+        "clustering": clustering_record(state, report, experiment.holdings),
+    }
+
+
+def no_report(state: ServerState) -> RoundReport:
+    """Stands in where a state is scored apart from its round."""
+    return RoundReport(state.round_number, (), 0, (), None, None)
+
+
+def untrained_record(experiment: Experiment, state: ServerState) -> Record:
+    """The record of a run without rounds: everybody holds v0."""
+    return {
+        "round": 0,
+        "clients": 0,
+        "updates": 0,
+        "rejected": 0,
+        **judged(experiment, state, no_report(state), None),
+        "bytes": {"up": 0, "down": 0},
+        "loss": None,
+    }
+
+
+def summarised(experiment: Experiment, records: Sequence[Record], last: Record) -> dict[str, Any]:
+    """What ``summary.json`` holds.
+
+    Args:
+        experiment: The run's parts.
+        records: Of all rounds.
+        last: The last round's, or :func:`untrained_record`.
+    """
+    config = experiment.config
+    return {
+        "method": config.method,
+        "rounds": config.rounds,
+        "seed": config.federation.seed,
+        **{key: value for key, value in last.items() if key != "seconds"},
+        "bytes_total": {way: sum(record["bytes"][way] for record in records) for way in ("up", "down")},
+        "seconds_total": {
+            part: sum(record["seconds"][part] for record in records) for part in ("train", "server", "evaluate")
+        },
+        "slot_steps": _slot_steps(experiment),
+        "trainable_parameters": _trainable_parameters(experiment),
+        "baselines": {"majority": {name: majority_score(task) for name, task in experiment.tasks.items()}},
+        "truncated_rows": {
+            name: {"train": task.train.truncated, "validation": task.validation.truncated}
+            for name, task in experiment.tasks.items()
+        },
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _slot_steps(experiment: Experiment) -> int:
+    """Optimizer steps of all local tasks in all rounds, with everybody taking part: the budget of a method."""
+    steps = sum(
+        local.steps for client in experiment.clients.values() for locals_ in client.slots.values() for local in locals_
+    )
+    return steps * experiment.config.rounds
+
+
+def _trainable_parameters(experiment: Experiment) -> dict[str, int]:
+    """Parameters of one slot's adapter, by the shapes of the heads it holds."""
+    body = experiment.model.body_shapes.values()
+    size = sum(prod(shape) for shape in body)
+    out = {}
+    for client in experiment.clients.values():
+        for locals_ in client.slots.values():
+            keys = {local.head_key: experiment.head_shapes[local.head_key] for local in locals_}
+            label = "+".join(f"{outputs}x{hidden}" for outputs, hidden in sorted(keys.values()))
+            out[label] = size + sum(outputs * hidden + outputs for outputs, hidden in keys.values())
+    return dict(sorted(out.items()))
+
+
+def truncation_lines(experiment: Experiment) -> list[str]:
+    """One line for each split with rows that were cut."""
+    return [
+        f"{name}: {split.truncated} of {len(split)} {which} rows are cut at {int(split.lengths.max())} tokens"
+        for name, task in experiment.tasks.items()
+        for which, split in (("training", task.train), ("validation", task.validation))
+        if split.truncated
+    ]

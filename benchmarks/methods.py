@@ -16,7 +16,7 @@ from fltac.errors import InputError
 from fltac.report.compare import comparison_table, load_results
 from fltac.runtime.experiment import resume, run
 from fltac.runtime.progress import for_stream
-from fltac.runtime.run_directory import CONFIG
+from fltac.runtime.run_directory import CONFIG, open_existing
 
 NOT_RECORDS = ("checkpoints", "adapters", "lanes.json")
 """What a committed result goes without."""
@@ -42,11 +42,13 @@ def main() -> int:
             for seed in range(first.federation.seed, first.federation.seed + args.seeds):
                 directory = out / method / f"seed-{seed}"
                 settings = [f"method={method}", *args.overrides, f"federation.seed={seed}"]
+                config = load_config(args.config, settings)
                 print(f"{method}, seed {seed} -> {directory}", file=sys.stderr)
                 if (directory / CONFIG).exists():
+                    open_existing(directory, config)
                     resume(directory, for_stream())
                 else:
-                    run(load_config(args.config, settings), directory, for_stream())
+                    run(config, directory, for_stream())
                 if args.records:
                     strip(directory)
                 directories.append(directory)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fltac.config import PRESETS, Config, load_config, parse_override, to_yaml
 from fltac.errors import InputError
@@ -30,6 +31,52 @@ def test_an_overriding_method_wins_over_the_file_and_loses_to_other_overrides() 
     assert load_config(tree, ["server.clustering.rule=none", "method=fedit"]).server.clustering.rule == "none"
 
 
+@pytest.mark.parametrize("before", PRESETS)
+@pytest.mark.parametrize("after", PRESETS)
+def test_nothing_of_another_method_is_left_over(before: str, after: str) -> None:
+    """A resolved config of one method, run with another one, is that other one."""
+    resolved = yaml.safe_load(to_yaml(load_config(BASE, [f"method={before}"])))
+    assert load_config(resolved, [f"method={after}"]) == load_config(BASE, [f"method={after}"])
+
+
+def test_pooled_methods_ignore_participation() -> None:
+    assert load_config(BASE, ["federation.participation=0.3"]).server_settings.participation == 0.3
+    overrides = ["federation.participation=0.3", "method=central"]
+    assert load_config(BASE, overrides).server_settings.participation == 1.0
+
+
+def test_full_fine_tuning_has_a_rate_of_its_own() -> None:
+    tree = {**BASE, "training": {"lr": 1e-3}}
+    assert load_config(tree, ["method=central-full"]).training.peak_lr == 5e-5
+    assert load_config(tree, ["method=central"]).training.peak_lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (3, "methods: got 3"),
+        ({"fedit": 3}, "methods.fedit: got 3"),
+        ({"fedti": {}}, "did you mean fedit"),
+        ({"fedit": {"lora": {"rnk": 5}}}, "methods.fedit.lora.rnk: unknown key; did you mean methods.fedit.lora.rank"),
+        ({"fedit": {"method": "local"}}, "methods.fedit.method: not allowed"),
+    ],
+)
+def test_wrong_settings_for_a_method_that_is_not_run(methods: object, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config({**BASE, "methods": methods})
+    assert message in str(caught.value)
+
+
+def test_settings_for_a_method_may_be_overridden() -> None:
+    assert load_config(BASE, ["method=fedit", "methods.fedit.lora.rank=5"]).lora.rank == 5
+    assert load_config(BASE, ["methods.fedit.lora.rank=5"]).lora.rank == 1
+
+
+def test_a_section_that_is_no_mapping_is_refused_whatever_the_method() -> None:
+    with pytest.raises(InputError, match="federation: got 3"):
+        load_config({**BASE, "federation": 3}, ["method=central"])
+
+
 def test_settings_for_one_method_hold_for_it_alone() -> None:
     tree = {**BASE, "lora": {"rank": 1}, "methods": {"fedit": {"lora": {"rank": 5}}}}
     assert load_config(tree).lora.rank == 1
@@ -40,8 +87,6 @@ def test_settings_for_one_method_hold_for_it_alone() -> None:
 @pytest.mark.parametrize("method", PRESETS)
 def test_a_resolved_config_read_again_is_the_same(method: str) -> None:
     config = load_config(BASE, [f"method={method}"])
-    import yaml
-
     again = load_config(yaml.safe_load(to_yaml(config)))
     assert again == config
 

@@ -196,12 +196,11 @@ def test_results_come_in_the_order_of_the_jobs_whatever_the_lanes(tiny_bert: Pat
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
 
 
-def test_pools_do_not_depend_on_the_order(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fltac.client.training.POOL", 2)
+def test_pools_do_not_depend_on_the_order(tiny_bert: Path) -> None:
     model = make_model(tiny_bert, torch.float32)
     jobs = [make_job(model, name, seed) for seed, name in enumerate("abcde")]
-    found = [[job.client for job in pool] for pool in pools(jobs)]
-    assert found == [[job.client for job in pool] for pool in pools(jobs[::-1])]
+    found = [[job.client for job in pool] for pool in pools(jobs, 2)]
+    assert found == [[job.client for job in pool] for pool in pools(jobs[::-1], 2)]
     assert sorted(len(pool) for pool in found) == [1, 2, 2]
 
 

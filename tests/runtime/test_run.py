@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,11 @@ from safetensors.numpy import load_file
 import fltac
 from fltac.config import PRESETS
 from fltac.errors import InputError
+from fltac.records import Reply, Request, Update
+from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.setup import prepare
+from fltac.server.round import plan_delivery
+from fltac.wire.codec import encode_reply, encode_request
 
 SMALL: dict[str, Any] = {
     "backbone": {"name": "builtin:digits-vit", "device": "cpu"},
@@ -71,13 +78,24 @@ def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
     assert str(finished.parent) not in (finished / "manifest.json").read_text()
 
 
-def test_bytes_are_those_of_the_adapters(finished: Path) -> None:
-    """Each slot uploads its adapter; downwards v0 goes to every client and clusters' means to each."""
-    rounds, summary, _ = scores_of(finished)
-    size = next(iter(summary["trainable_parameters"].values())) * 4
-    slots = rounds[0]["updates"]
-    assert slots * size < rounds[0]["bytes"]["up"] < slots * (size + 4096) + 4 * 4096
-    assert 4 * size < rounds[0]["bytes"]["down"] < 4 * (size + 8192)
+def test_bytes_are_those_of_the_payloads(finished: Path) -> None:
+    """Each slot uploads its adapter; v0 goes to every client in round 1, then its clusters' means."""
+    rounds, _, _ = scores_of(finished)
+    checkpoint = latest_checkpoint(finished)
+    assert checkpoint is not None
+    state, experiment = checkpoint.state, prepare(fltac.load_config(finished / "config.yaml"))
+    adapter, up = state.clusters[0].adapter, 0
+    for client in experiment.clients.values():
+        examples = {slot: sum(len(local.rows) for local in own) for slot, own in client.slots.items()}
+        updates = tuple(Update(client.id, slot, adapter, count) for slot, count in examples.items())
+        up += len(encode_reply(Reply(client.id, updates), "float32"))
+    assert [record["bytes"]["up"] for record in rounds] == [up] * 3
+    first = sum(len(encode_request(Request(1, name, {}, {}, state.initial), "float32")) for name in experiment.clients)
+    last = sum(len(encode_request(request, "float32")) for request in plan_delivery(state))
+    down = [record["bytes"]["down"] for record in rounds]
+    assert down[0] == first
+    assert down[2] == pytest.approx(down[1] + last, rel=0.3)
+    assert down[2] > last
 
 
 def test_running_the_resolved_config_again_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
@@ -128,9 +146,31 @@ def test_budgets_are_equal() -> None:
 
 
 def test_partial_participation(tmp_path: Path) -> None:
-    fltac.run(small("federation.participation=0.5", "federation.rounds=2"), tmp_path / "half")
-    rounds = scores_of(tmp_path / "half")[0]
+    half = ("federation.participation=0.5", "federation.rounds=2")
+    fltac.run(small(*half), tmp_path / "half")
+    rounds, summary, _ = scores_of(tmp_path / "half")
     assert [record["clients"] for record in rounds] == [2, 2]
+    assert summary["slot_steps"] == 4 * sum(record["updates"] for record in rounds)
+    central = fltac.run(small(*half, "method=central"), tmp_path / "central").summary
+    assert central["updates"] == 3, "all three tasks are trained"
+    assert central["slot_steps"] == summary["slot_steps"]
+
+
+def test_float16_on_the_wire_is_what_all_sides_hold(tmp_path: Path) -> None:
+    fltac.run(small("wire.dtype=float16", "federation.rounds=1"), tmp_path / "half")
+    checkpoint = latest_checkpoint(tmp_path / "half")
+    assert checkpoint is not None
+    for adapter in (checkpoint.state.initial, *(cluster.adapter for cluster in checkpoint.state.clusters)):
+        for tensor in adapter.values():
+            np.testing.assert_array_equal(tensor, tensor.astype(np.float16).astype(np.float32))
+
+
+def test_values_that_do_not_fit_the_wire_cost_their_client_alone(tmp_path: Path) -> None:
+    overrides = ["wire.dtype=float16", "training.optimizer=sgd", "training.lr=1e9", "training.clip_norm=null"]
+    fltac.run(small(*overrides, "federation.rounds=1"), tmp_path / "diverged")
+    (record,) = scores_of(tmp_path / "diverged")[0]
+    assert record["updates"] == 0
+    assert all("float16" in item["reason"] or "finite" in item["reason"] for item in record["rejections"])
 
 
 def start_process(config: Path, out: Path) -> subprocess.Popen[bytes]:
@@ -192,8 +232,6 @@ def test_a_folder_that_is_not_empty_is_refused(finished: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_refused_and_kept(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "summary.json").unlink()
@@ -204,9 +242,34 @@ def test_a_damaged_checkpoint_is_refused_and_kept(finished: Path, tmp_path: Path
     assert not (copy / "summary.json").exists()
 
 
-def test_changed_data_is_refused(finished: Path, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "lanes.json").write_text('{"lanes": 0, "tokens": 5}'), "lanes.json"),
+        (lambda run: (run / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "records of rounds but no checkpoint"),
+        (
+            lambda run: (run / "config.yaml").write_text(
+                (run / "config.yaml").read_text().replace("lr: 0.005", "lr: 1")
+            ),
+            "config has changed",
+        ),
+    ],
+)
+def test_a_run_directory_that_does_not_fit_together_is_refused(
+    finished: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "summary.json").unlink()
+    damage(copy)
+    records = (copy / "rounds.jsonl").read_bytes()
+    with pytest.raises(InputError, match=re.escape(message)):
+        fltac.resume(copy)
+    assert (copy / "rounds.jsonl").read_bytes() == records
 
+
+def test_changed_data_is_refused(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "summary.json").unlink()

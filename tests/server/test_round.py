@@ -223,6 +223,28 @@ def test_a_head_that_nobody_trained_this_round_is_kept() -> None:
     assert two.clusters[0].adapter["head.1.weight"][0, 0] == 8.0
 
 
+def test_a_slot_that_changes_cluster_takes_its_trained_head_along() -> None:
+    """Round 2: only b replies, and what it learns pulls a's slot, whose head has another shape, into its cluster."""
+    settings = ("method=fltac", "server.clustering.k=1")
+    first = state("a", "b", heads={"2": (2, 3), "3": (3, 3)})
+    other = adapter(3, 3, head=5, key="3", outputs=3)
+    one = play(first, [reply("a", other), reply("b", adapter(1, 1, head=2))], "method=fltac", "server.clustering.k=2")
+    assert one.assignment()["a", 0] != one.assignment()["b", 0]
+    two = play(one, [reply("b", adapter(1, 2, head=3))], *settings)
+    assert two.assignment()["a", 0] == two.assignment()["b", 0]
+    assert two.received(("a", 0))["head.3.weight"][0, 0] == 5.0
+    assert two.received(("a", 0))["head.2.weight"][0, 0] == 3.0
+
+
+def test_a_head_taken_from_v0_counts_as_not_learned() -> None:
+    first = state("a", "b", heads={"2": (2, 3), "3": (3, 3)})
+    one = play(first, [reply("a", adapter(1, 1, head=5))], "method=fltac", "server.clustering.k=1")
+    held = {name: tensor for name, tensor in one.clusters[0].adapter.items() if "head" not in name}
+    untouched = {name: tensor for name, tensor in first.initial.items() if "head.3" in name}
+    two = play(one, [reply("b", {**first.initial, **held, **untouched})], "method=fltac", "server.clustering.k=1")
+    assert not two.memory["b", 0]["head.3.weight"].any()
+
+
 def test_no_type_that_reaches_the_server_has_room_for_a_task() -> None:
     seen = [item for item in vars(records).values() if isinstance(item, type) and is_dataclass(item)]
     assert len(seen) > 5

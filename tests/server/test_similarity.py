@@ -49,6 +49,23 @@ def test_product_gram_is_that_of_the_formed_products(ranks: list[int], seed: int
     np.testing.assert_allclose(gram, flat @ flat.T, rtol=1e-4, atol=1e-4)
 
 
+def test_a_small_change_of_large_factors_keeps_its_direction() -> None:
+    """The change is three parts in ten thousand of the factors; its cosine must not drown in rounding."""
+    draw = np.random.default_rng(0)
+    base = random_adapter(draw)
+    changes = [
+        learned(
+            base,
+            {name: t + np.float32(3e-4) * draw.normal(size=t.shape).astype(np.float32) for name, t in base.items()},
+        )
+        for _ in range(4)
+    ]
+    found = cosine(product_gram([(item["m.lora_A"], item["m.lora_B"]) for item in changes]))
+    flat = [product(item, "m").ravel() for item in changes]
+    expected = [[plain_cosine(x, y) for y in flat] for x in flat]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_product_gram_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     factors = [(item["m.lora_A"], item["m.lora_B"]) for item in (random_adapter(draw) for _ in range(7))]

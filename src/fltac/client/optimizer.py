@@ -28,13 +28,13 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     """
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return config.peak_lr * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
     if config.schedule == "linear":
-        return config.lr * (1.0 - done)
+        return config.peak_lr * (1.0 - done)
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    return config.lr
+        return config.peak_lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.peak_lr
 
 
 class LaneOptimizer:

@@ -102,21 +102,22 @@ def train(
         One result for each job, in the order of ``jobs``.
     """
     results: dict[tuple[str, int], Trained] = {}
-    for pool in pools(jobs):
+    # One adapter at a time needs no others in memory; with full fine-tuning each is as large as the backbone.
+    for pool in pools(jobs, 1 if plan.lanes == 1 else POOL):
         for trained in train_pool(model, pool, config, dropout, plan, on_pass):
             results[trained.job.client, trained.job.slot] = trained
     return [results[job.client, job.slot] for job in jobs]
 
 
-def pools(jobs: Sequence[TrainJob]) -> list[list[TrainJob]]:
-    """Groups jobs that are in memory together: equal batch sizes, near in steps and length.
+def pools(jobs: Sequence[TrainJob], size: int) -> list[list[TrainJob]]:
+    """Groups jobs that are in memory together, at most ``size``: equal batch sizes, near in steps and length.
 
     A fixed function of the jobs, whatever their order.
     """
     ordered = sorted(jobs, key=lambda job: (job.rows, len(job.steps), job.tokens, job.client, job.slot))
     out: list[list[TrainJob]] = []
     for job in ordered:
-        if not out or len(out[-1]) == POOL or out[-1][0].rows != job.rows:
+        if not out or len(out[-1]) == size or out[-1][0].rows != job.rows:
             out.append([])
         out[-1].append(job)
     return out

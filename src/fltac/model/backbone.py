@@ -100,6 +100,12 @@ def load_backbone(config: BackboneConfig, kind: Kind, folder: str | None = None)
             f"but the tasks are {kind} tasks, which need {MAIN_INPUT[kind]}"
         )
     _refuse_missing(missing, pooling, config.name)
+    hidden = getattr(model.config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise InputError(
+            f"backbone.name: {config.name!r} ({type(model).__name__}) has no hidden_size in its configuration; "
+            "allowed are models whose last hidden states have one width"
+        )
     model.eval().requires_grad_(False)
     model.to(device)
     if getattr(model.config, "use_cache", False):
@@ -108,7 +114,7 @@ def load_backbone(config: BackboneConfig, kind: Kind, folder: str | None = None)
         model=model,
         kind=kind,
         pooling=pooling,
-        hidden=int(model.config.hidden_size),
+        hidden=hidden,
         name=config.name,
         folder=folder,
         revision=config.revision,
@@ -176,7 +182,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

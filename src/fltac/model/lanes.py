@@ -171,6 +171,26 @@ class LaneModel:
         weight, bias = head[f"{HEAD}{head_key}.weight"], head[f"{HEAD}{head_key}.bias"]
         return F.linear(features.to(weight.dtype), weight, bias)
 
+    def keeps_lanes_apart(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether rows of different lanes in one pass give what they give alone, as on nearly all architectures.
+
+        Not so where an attention layer gets its rows in another order than the model (Longformer).
+
+        Args:
+            batch: Two rows.
+        """
+        draw = np.random.default_rng(0)
+        shapes = self.body_shapes.items()
+        self.load([{name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes} for _ in range(2)])
+        with torch.no_grad():
+            together = self.features(batch, 2)
+            alone = []
+            for lane in range(2):
+                self.activate([lane])
+                alone.append(self.features({name: value[lane : lane + 1] for name, value in batch.items()}, 1))
+        apart = torch.cat(alone)
+        return bool((together - apart).abs().max() <= 0.1 * apart.abs().max())
+
     def restore(self) -> None:
         """Puts the backbone's own weights back after full fine-tuning, and switches the adapters off."""
         self.lanes.active = 0

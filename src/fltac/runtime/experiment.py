@@ -1,8 +1,7 @@
 """A run from its configuration to its directory: ``run``, ``resume``, ``evaluate``, ``export``, ``partition_of``."""
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,14 @@ from fltac.evaluation import clustering_record
 from fltac.records import RoundReport, ServerState
 from fltac.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from fltac.runtime.export import export_clusters
-from fltac.runtime.loop import Record, federate
+from fltac.runtime.loop import Record, as_sent, federate
 from fltac.runtime.meter import Meter
 from fltac.runtime.progress import Progress, Silent
 from fltac.runtime.run_directory import RunDirectory, create, open_existing, refuse_occupied
-from fltac.runtime.setup import Experiment, choose_plan, load_partition, prepare
+from fltac.runtime.setup import Experiment, available_cores, choose_plan, load_partition, prepare, resolved
 from fltac.runtime.simulation import Simulation
 from fltac.runtime.summary import judged, no_report, summarised, truncation_lines, untrained_record
 from fltac.server.round import init_server
-from fltac.wire.codec import decode_adapter, encode_adapter
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ def run(config: Config, out: str | Path | None = None, progress: Progress | None
     """
     path = Path(out or config.output.dir or f"runs/{config.method}")
     refuse_occupied(path)
-    experiment = prepare(config)
-    directory = create(path, config, experiment.fingerprints, _gpu())
+    experiment = resolved(prepare(config))
+    directory = create(path, experiment.config, experiment.fingerprints, _gpu())
     directory.write_lanes(_lane_plan(experiment))
     state = _first_state(experiment)
     save_checkpoint(directory.path, state, {}, config.output.keep_checkpoints)
@@ -65,7 +63,7 @@ def resume(directory: str | Path, progress: Progress | None = None) -> RunResult
     """Continues a run after its last checkpoint; a finished run is returned as it is.
 
     Raises:
-        InputError: not a run directory, a damaged checkpoint, or the data or the backbone have changed.
+        InputError: not a run directory, a damaged checkpoint, or the config, the data or the backbone have changed.
     """
     opened = open_existing(Path(directory))
     summary = opened.summary()
@@ -77,6 +75,8 @@ def resume(directory: str | Path, progress: Progress | None = None) -> RunResult
     if opened.lanes() is None:
         opened.write_lanes(_lane_plan(experiment))
     if checkpoint is None:
+        if opened.rounds():
+            raise InputError(f"{opened.path}: has records of rounds but no checkpoint; start a new run")
         state = _first_state(experiment)
         save_checkpoint(opened.path, state, {}, opened.config.output.keep_checkpoints)
     else:
@@ -92,7 +92,7 @@ def evaluate(directory: str | Path, progress: Progress | None = None) -> Record:
         InputError: as for ``resume``, or there is no checkpoint.
     """
     opened, experiment, state = _opened(Path(directory))
-    _set_threads(opened)
+    torch.set_num_threads(opened.config.training.threads or available_cores())
     (progress or Silent()).message(f"evaluating round {state.round_number} of {opened.path}")
     record = {"round": state.round_number, **judged(experiment, state, no_report(state), None)}
     opened.write_evaluation(record)
@@ -118,8 +118,8 @@ def partition_of(config: Config) -> Partition:
 
 
 def _first_state(experiment: Experiment) -> ServerState:
-    settings = experiment.config.server_settings
-    return init_server(settings, experiment.model.body_shapes, experiment.head_shapes, experiment.clients)
+    config, shapes = experiment.config, experiment.model.body_shapes
+    return as_sent(init_server(config.server_settings, shapes, experiment.head_shapes, experiment.clients), config)
 
 
 def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
@@ -134,8 +134,9 @@ def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
 
 def _continue(experiment: Experiment, directory: RunDirectory, state: ServerState, progress: Progress) -> RunResult:
     config, model = experiment.config, experiment.model
-    plan = _set_threads(directory)
-    passes = LanePlan(int(plan["lanes"]), int(plan["tokens"]))
+    torch.set_num_threads(config.training.threads or available_cores())
+    plan = directory.lanes() or {}
+    passes = LanePlan(**plan)
     total = sum(len(client.slots) for client in experiment.clients.values())
     meter = Meter(experiment, progress)
 
@@ -154,8 +155,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         save_checkpoint(directory.path, state, {}, config.output.keep_checkpoints)
         progress.round_finished(record)
 
-    received = decode_adapter(encode_adapter(state.initial, config.wire.dtype))
-    simulation = Simulation(experiment.clients, model, config, passes, received, meter.on_pass)
+    simulation = Simulation(experiment.clients, model, config, passes, state.initial, meter.on_pass)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
     for line in truncation_lines(experiment):
         progress.message(line)
@@ -164,7 +164,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         state = federate(state, config.rounds, config, simulation, judge, keep, meter.on_round, groups)
         records = directory.rounds()
         last = records[-1] if records else untrained_record(experiment, state)
-        if config.output.adapters and config.training.trainable == "lora":
+        if config.output.adapters and config.training.trainable != "all":
             export_clusters(experiment, state, directory.path / "adapters")
         summary = summarised(experiment, records, last)
         directory.write_summary(summary)
@@ -175,8 +175,11 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
 
 
 def _refuse_changed(opened: RunDirectory, experiment: Experiment) -> None:
-    """Raises InputError where the data or the backbone are not those that the run started with."""
-    stored = (opened.manifest() or {}).get("fingerprints", {})
+    """Raises InputError where the config, the data or the backbone are not those that the run started with."""
+    manifest = opened.manifest()
+    if manifest is None:
+        raise InputError(f"{opened.path}: its manifest.json is missing, so nobody knows what the run started with")
+    stored = manifest.get("fingerprints", {})
     for name, value in experiment.fingerprints.items():
         if name in stored and stored[name] != value:
             raise InputError(
@@ -185,22 +188,9 @@ def _refuse_changed(opened: RunDirectory, experiment: Experiment) -> None:
             )
 
 
-def _threads(config: Config) -> int:
-    return config.training.threads or (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-
 def _lane_plan(experiment: Experiment) -> dict[str, int]:
     """What is fixed for the whole run since it changes rounding."""
-    plan = choose_plan(experiment.config.training, experiment.backbone)
-    return {"lanes": plan.lanes, "tokens": plan.tokens, "threads": _threads(experiment.config)}
-
-
-def _set_threads(directory: RunDirectory) -> Mapping[str, Any]:
-    plan = directory.lanes() or {}
-    torch.set_num_threads(int(plan.get("threads", _threads(directory.config))))
-    return plan
+    return asdict(choose_plan(experiment.config.training, experiment.backbone))
 
 
 def _gpu() -> str | None:

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fltac.config import Config
-from fltac.records import Reply, Request, RoundReport, ServerState, SlotKey
+from fltac.records import Adapter, Reply, Request, RoundReport, ServerState, SlotKey
 from fltac.server.round import finish_round, plan_delivery, plan_round
+from fltac.wire.codec import decode_adapter, encode_adapter
 
 Record = dict[str, Any]
 """A line of ``rounds.jsonl``."""
@@ -25,6 +26,18 @@ class Exchange:
     down_bytes: int
     train_seconds: float
     loss: float | None
+
+
+def as_sent(state: ServerState, config: Config) -> ServerState:
+    """The state with its adapters rounded as the wire rounds them, so that all sides hold the same numbers."""
+    if config.wire_dtype == "float32":
+        return state
+
+    def rounded(adapter: Adapter) -> Adapter:
+        return decode_adapter(encode_adapter(adapter, config.wire_dtype))
+
+    clusters = tuple(replace(cluster, adapter=rounded(cluster.adapter)) for cluster in state.clusters)
+    return replace(state, initial=rounded(state.initial), clusters=clusters)
 
 
 class Runtime(Protocol):
@@ -80,6 +93,7 @@ def federate(
         exchange = runtime.exchange(requests)
         start = time.perf_counter()
         state, report = finish_round(state, requests, exchange.replies, settings, groups)
+        state = as_sent(state, config)
         served = time.perf_counter()
         delivered = runtime.deliver(plan_delivery(state))[1] if last else 0
         judged = judge(state, report, last)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -35,12 +36,14 @@ def package_version(name: str) -> str | None:
         return None
 
 
+@cache
 def git_state(folder: Path | None = None) -> dict[str, str | bool] | None:
     """The commit that a folder (default: this package's own) is checked out from, and whether it was changed.
 
     Returns:
         ``{"commit": <40 hex digits>, "dirty": bool}``; None where git is missing, nothing is committed yet,
-        or the folder is not tracked, as an installed copy inside somebody else's checkout is not.
+        or the folder is not tracked, as an installed copy inside somebody else's checkout is not. Asked once in
+        a process, since what is committed later is not the code that runs.
     """
     folder = folder or Path(__file__).resolve().parents[1]
     commit = _git(folder, "rev-parse", "HEAD")

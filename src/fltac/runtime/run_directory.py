@@ -25,6 +25,7 @@ ROUNDS = "rounds.jsonl"
 SUMMARY = "summary.json"
 LANES = "lanes.json"
 EVALUATION = "evaluation.json"
+PLAN_KEYS = ("lanes", "tokens")
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,13 @@ class RunDirectory:
         """Stores the lane plan, which is fixed for the whole run since it changes rounding."""
         write_atomic(self.path / LANES, (to_json(plan, indent=2) + "\n").encode())
 
-    def lanes(self) -> dict[str, Any] | None:
+    def lanes(self) -> dict[str, int] | None:
         """The stored lane plan; None where there is none yet. Raises InputError where it is damaged."""
-        return _read_json(self.path / LANES)
+        plan = _read_json(self.path / LANES)
+        if plan is not None and not all(type(plan.get(key)) is int and plan[key] >= 1 for key in PLAN_KEYS):
+            keys = " and ".join(PLAN_KEYS)
+            raise InputError(f"{self.path / LANES}: got {plan}; expected whole numbers from 1 for {keys}")
+        return None if plan is None else {key: plan[key] for key in PLAN_KEYS}
 
     def manifest(self) -> dict[str, Any] | None:
         """What ``manifest.json`` holds. Raises InputError where it is damaged."""

@@ -1,7 +1,9 @@
 """From a configuration to everything that a run needs: tasks, backbone, partition, clients, the truth about them."""
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,7 +11,8 @@ import torch
 from fltac.builtin import builtin_folder
 from fltac.client.client import Client, LocalTask, local_steps
 from fltac.client.schedule import POOL, LanePlan
-from fltac.config import Config, TrainingConfig
+from fltac.client.training import stack_batches
+from fltac.config import Config, TrainingConfig, to_yaml
 from fltac.data.encoded import EncodedTask, load_tasks
 from fltac.data.partition import Partition, make_partition
 from fltac.errors import InputError
@@ -20,6 +23,7 @@ from fltac.model.lanes import LaneModel
 from fltac.model.targets import find_targets, layer_shapes
 from fltac.paths import BUILTIN, resolve
 from fltac.records import SlotKey
+from fltac.server.round import draw_cohort
 
 TOKENS_PER_PASS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
 """What ``training.lanes: auto`` fills a pass up to. On a CPU larger passes cost padding and gained nothing."""
@@ -63,8 +67,9 @@ class Experiment:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the backbone's weights and of every task's encoded rows."""
-        out = {"backbone": self.backbone.fingerprint}
+        """Of the configuration, the backbone's weights and every task's encoded rows."""
+        config = hashlib.sha256(to_yaml(self.config).encode()).hexdigest()
+        out = {"config": config, "backbone": self.backbone.fingerprint}
         for name, task in self.tasks.items():
             out[f"{name}.train"] = task.train.fingerprint
             out[f"{name}.validation"] = task.validation.fingerprint
@@ -106,6 +111,7 @@ def prepare(config: Config) -> Experiment:
     use_float32_attention(backbone.model)
     dtype = torch.float64 if precision == torch.float64 else torch.float32
     model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
+    check_backbone(model, next(iter(tasks.values())), config)
     clients, holdings = build_clients(config, partition, tasks)
     heads = {
         local.head_key: (local.task.outputs, backbone.hidden)
@@ -116,6 +122,45 @@ def prepare(config: Config) -> Experiment:
     return Experiment(
         config, tasks, partition, backbone, modules, model, clients, holdings, dict(sorted(heads.items()))
     )
+
+
+def check_backbone(model: LaneModel, task: EncodedTask, config: Config) -> None:
+    """Runs the backbone on two rows before anything else is done.
+
+    Raises:
+        InputError: it cannot be run, or rows of different lanes mix in it and ``training.lanes`` is not 1.
+    """
+    rows = np.array([0, min(1, len(task.train) - 1)])
+    name = f"backbone.name: {config.backbone.name!r} ({type(model.backbone.model).__name__})"
+    try:
+        apart = not model.layers or model.keeps_lanes_apart(stack_batches([task.train.batch(rows)], model))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{name} cannot be run on rows of the task {task.name}: {reason}") from error
+    if not apart and config.training.lanes != 1:
+        raise InputError(f"{name} mixes the rows of different adapters in a pass; set training.lanes=1")
+
+
+def resolved(experiment: Experiment) -> Experiment:
+    """With the device, precision and threads that were chosen written into the configuration.
+
+    So a run is continued with what it began with, or refused, whatever machine it is continued on.
+    """
+    config, backbone = experiment.config, experiment.backbone
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
+    training = config.training.model_copy(
+        update={
+            "precision": names[choose_precision(config.training, backbone.device)],
+            "threads": config.training.threads or available_cores(),
+        }
+    )
+    device = config.backbone.model_copy(update={"device": backbone.device.type})
+    return replace(experiment, config=config.model_copy(update={"training": training, "backbone": device}))
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
@@ -148,6 +193,16 @@ def _tokens_per_length(backbone: Backbone) -> int:
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def rounds_taken(config: Config, clients: Sequence[str]) -> dict[str, int]:
+    """In how many of the federation's rounds each of the clients (sorted) is drawn into the cohort."""
+    federation = config.federation
+    cohorts = [
+        draw_cohort(clients, federation.participation, federation.seed, number)
+        for number in range(1, federation.rounds + 1)
+    ]
+    return {client: sum(client in cohort for cohort in cohorts) for client in clients}
 
 
 def build_clients(
@@ -183,15 +238,16 @@ def _pooled_clients(
 ) -> tuple[dict[str, Client], list[Holding]]:
     clients: dict[str, Client] = {}
     holdings: list[Holding] = []
+    rounds = rounds_taken(config, sorted({client for client, _ in partition.rows}))
     for name, task in tasks.items():
-        parts = [rows for (_, held), rows in partition.rows.items() if held == name]
+        parts = {client: rows for (client, held), rows in partition.rows.items() if held == name}
         if not parts:
             continue
-        steps = [local_steps(config.training, len(rows)) for rows in parts]
-        each = sum(steps) if config.federation.pool == "sum" else max(steps)
-        rows = np.sort(np.concatenate(parts))
+        made = [local_steps(config.training, len(rows)) * rounds[client] for client, rows in parts.items()]
+        steps = max(1, sum(made) if config.federation.pool == "sum" else max(made))
+        rows = np.sort(np.concatenate(list(parts.values())))
         client, key = f"pool-{len(clients)}", str(task.outputs)
-        local = LocalTask(task, rows, key, each * config.federation.rounds)
+        local = LocalTask(task, rows, key, steps)
         clients[client] = Client(client, {0: (local,)})
         holdings.append(Holding(client, 0, name, key))
     return clients, holdings

@@ -9,8 +9,9 @@ from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
-from fltac.records import Adapter, Request
+from fltac.records import Adapter, Reply, Request
 from fltac.runtime.loop import Exchange
+from fltac.wire.blob import WireError
 from fltac.wire.codec import decode_reply, decode_request, encode_reply, encode_request
 
 
@@ -49,7 +50,11 @@ class Simulation:
             by_client[result.job.client].append(result)
         replies, up_bytes = [], 0
         for client, own in by_client.items():
-            payload = encode_reply(reply_of(self.clients[client], own), self.config.wire.dtype)
+            try:
+                payload = encode_reply(reply_of(self.clients[client], own), self.config.wire_dtype)
+            except WireError as error:
+                # Diverged: its values do not fit the wire's dtype. The round goes on without it.
+                payload = encode_reply(Reply(client, error=str(error)), self.config.wire_dtype)
             up_bytes += len(payload)
             replies.append(decode_reply(payload))
         loss = sum(result.loss for result in trained) / len(trained) if trained else None
@@ -59,7 +64,7 @@ class Simulation:
         """Encodes and decodes requests; returns them as the clients see them, and their bytes."""
         received, size = [], 0
         for request in requests:
-            payload = encode_request(request, self.config.wire.dtype)
+            payload = encode_request(request, self.config.wire_dtype)
             size += len(payload)
             received.append(decode_request(payload))
         return received, size

@@ -9,7 +9,7 @@ from fltac.evaluation import clustering_record, score_state
 from fltac.records import RoundReport, ServerState
 from fltac.runtime.loop import Record
 from fltac.runtime.run_directory import peak_rss_bytes
-from fltac.runtime.setup import Experiment
+from fltac.runtime.setup import Experiment, rounds_taken
 
 
 def judged(experiment: Experiment, state: ServerState, report: RoundReport, max_rows: int | None) -> Record:
@@ -70,11 +70,17 @@ def summarised(experiment: Experiment, records: Sequence[Record], last: Record) 
 
 
 def _slot_steps(experiment: Experiment) -> int:
-    """Optimizer steps of all local tasks in all rounds, with everybody taking part: the budget of a method."""
-    steps = sum(
-        local.steps for client in experiment.clients.values() for locals_ in client.slots.values() for local in locals_
+    """Optimizer steps of all local tasks in the rounds that their clients are drawn for: the budget of a method."""
+    config = experiment.config
+    if config.rounds == 0:
+        return 0
+    rounds = rounds_taken(config, sorted(experiment.clients))
+    return sum(
+        local.steps * (1 if config.pooled else rounds[client.id])
+        for client in experiment.clients.values()
+        for locals_ in client.slots.values()
+        for local in locals_
     )
-    return steps * experiment.config.rounds
 
 
 def _trainable_parameters(experiment: Experiment) -> dict[str, int]:

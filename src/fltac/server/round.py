@@ -145,7 +145,8 @@ def _remember(state: ServerState, updates: Sequence[Update], settings: ServerSet
     memory = dict(state.memory)
     received = _received(state)
     for update in updates:
-        change = learned(received.get(update.key, state.initial), update.adapter)
+        # A client takes a head that its cluster's adapter lacks from v0.
+        change = learned({**state.initial, **received.get(update.key, {})}, update.adapter)
         memory[update.key] = accumulated(memory.get(update.key), change, settings.clustering.memory)
     return dict(sorted(memory.items()))
 
@@ -181,12 +182,13 @@ def _clusters(
 
 
 def _mean(members: Sequence[_Member], settings: ServerSettings) -> Adapter:
-    """Over this round's updates; where the whole group was not asked, over what its slots hold."""
+    """Over this round's updates; what none of them has (a head, or everything) is the mean of what slots hold."""
+    held = mean_adapter([member.adapter for member in members], [1.0] * len(members))
     updates = [member.update for member in members if member.update is not None]
     if not updates:
-        return mean_adapter([member.adapter for member in members], [1.0] * len(members))
+        return held
     weights = weights_of(updates, settings.aggregation.weighting)
-    return mean_adapter([update.adapter for update in updates], weights)
+    return {**held, **mean_adapter([update.adapter for update in updates], weights)}
 
 
 def _with_old_heads(mean: Adapter, before: Adapter | None) -> Adapter:

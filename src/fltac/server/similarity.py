@@ -99,8 +99,9 @@ def product_gram(factors: Sequence[tuple[FloatArray, FloatArray]]) -> Matrix:
         factors: For each of n slots A ``[r, in]`` and B ``[out, r]``; the ranks may differ.
     """
     n, rank = len(factors), max(len(a) for a, _ in factors)
-    a_all = np.zeros((n, rank, factors[0][0].shape[1]), dtype=np.float32)
-    b_all = np.zeros((n, rank, factors[0][1].shape[0]), dtype=np.float32)
+    # In float64: a change is the small difference of large products.
+    a_all = np.zeros((n, rank, factors[0][0].shape[1]))
+    b_all = np.zeros((n, rank, factors[0][1].shape[0]))
     for index, (a, b) in enumerate(factors):
         a_all[index, : len(a)], b_all[index, : len(a)] = a, b.T
     a_rows, b_rows = a_all.reshape(n * rank, -1), b_all.reshape(n * rank, -1)
@@ -109,7 +110,7 @@ def product_gram(factors: Sequence[tuple[FloatArray, FloatArray]]) -> Matrix:
         stop = min(start + BLOCK, n)
         part = slice(start * rank, stop * rank)
         products = (b_rows[part] @ b_rows.T) * (a_rows[part] @ a_rows.T)  # [block * rank, n * rank]
-        out[start:stop] = products.reshape(stop - start, rank, n, rank).sum(axis=(1, 3), dtype=np.float64)
+        out[start:stop] = products.reshape(stop - start, rank, n, rank).sum(axis=(1, 3))
     return (out + out.T) / 2
 
 

@@ -1,19 +1,9 @@
-"""The typed configuration: one record per section, every key documented, unknown keys refused.
+"""The typed configuration: one record per section, every key documented."""
 
-``load_config`` merges, from weakest to strongest: the defaults below, the preset of the file's ``method``, the
-file, the preset of a ``method=`` override, the file's ``methods.<method>`` section, the dotted overrides.
-"""
-
-import difflib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from fltac.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -122,10 +112,12 @@ class TrainingConfig(Section):
     """``shared``: a client trains one adapter on all its tasks, mixed batch by batch."""
     heads: Literal["per-shape", "per-task"] = "per-shape"
     """With shared adapters: one head for each number of outputs, or one for each task (the clients are told)."""
-    trainable: Literal["lora", "all"] = "lora"
-    """``all``: full fine-tuning of the backbone, only with ``federation.pool``."""
+    trainable: Literal["lora", "all", "none"] = "lora"
+    """``all``: full fine-tuning of the backbone, only with ``federation.pool``; ``none``: no rounds at all."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 2e-3
+    full_lr: Annotated[float, Field(gt=0)] = 5e-5
+    """Learning rate where ``trainable`` is ``all``."""
     steps: Positive | None = None
     """Optimizer steps of a slot in a round (tau); 20 where neither steps nor epochs is given."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -149,6 +141,11 @@ class TrainingConfig(Section):
     """How many adapters train side by side through one pass of the backbone."""
     threads: Positive | None = None
     """CPU threads; default: as many as there are cores. Stored with the run, since it changes rounding."""
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate before schedule and warm-up."""
+        return self.full_lr if self.trainable == "all" else self.lr
 
     @model_validator(mode="after")
     def _one_budget(self) -> "TrainingConfig":
@@ -278,7 +275,7 @@ class Config(Section):
         """The part of the configuration that the server may see."""
         return ServerSettings(
             seed=self.federation.seed,
-            participation=self.federation.participation,
+            participation=1.0 if self.pooled else self.federation.participation,
             k=self.clusters,
             clustering=self.server.clustering,
             aggregation=self.server.aggregation,
@@ -292,6 +289,8 @@ class Config(Section):
     @property
     def rounds(self) -> int:
         """Rounds that are run: a pooled training is one round with all the steps."""
+        if self.training.trainable == "none":
+            return 0
         return min(1, self.federation.rounds) if self.pooled else self.federation.rounds
 
     @property
@@ -299,161 +298,7 @@ class Config(Section):
         """False where every slot keeps its own adapter, so that nothing needs to be sent."""
         return self.server.clustering.rule != "none"
 
-
-Tree = dict[str, Any]
-
-PRESETS: dict[str, Tree] = {
-    # The best default known so far.
-    "fltac": {},
-    # The paper's rules: K-means over flattened factors, unweighted mean.
-    "fltac-paper": {
-        "server": {
-            "clustering": {"rule": "kmeans", "head": False, "cannot_link": False, "starts": 10},
-            "aggregation": {"rule": "mean", "weighting": "uniform"},
-        }
-    },
-    # FedIT (arXiv 2305.05644): one shared adapter, one head per shape.
-    "fedit": {
-        "training": {"adapters": "shared", "heads": "per-shape"},
-        "server": {"clustering": {"rule": "single"}},
-    },
-    # The same, told the tasks: one head per task.
-    "fedit-heads": {
-        "training": {"adapters": "shared", "heads": "per-task"},
-        "server": {"clustering": {"rule": "single"}},
-    },
-    # Every slot trains alone.
-    "local": {"server": {"clustering": {"rule": "none"}}},
-    # Averages by true task.
-    "oracle": {"server": {"clustering": {"rule": "given"}}},
-    # Averages random groups.
-    "random": {"server": {"clustering": {"rule": "random"}}},
-    # All of a task's rows in one place, LoRA, the steps of all its slots together.
-    "central": {"federation": {"pool": "sum"}, "server": {"clustering": {"rule": "none"}}},
-    # The same with the steps of one slot.
-    "central-single": {"federation": {"pool": "single"}, "server": {"clustering": {"rule": "none"}}},
-    # Full fine-tuning of the backbone on all of a task's rows.
-    "central-full": {
-        "federation": {"pool": "sum"},
-        "training": {"trainable": "all", "lr": 5e-5},
-        "server": {"clustering": {"rule": "none"}},
-    },
-    # The adapter that everybody starts from.
-    "zero": {"federation": {"rounds": 0}, "server": {"clustering": {"rule": "none"}}},
-}
-"""A method is nothing but settings."""
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """Returns ``base`` with the leaves of ``over`` put over it; a mapping merges, anything else replaces."""
-    out = dict(base)
-    for key, value in over.items():
-        old = out.get(key)
-        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
-
-
-def parse_override(text: str) -> Tree:
-    """``a.b=1`` as ``{"a": {"b": 1}}``; the value is read as YAML.
-
-    Raises:
-        InputError: there is no ``=``, an empty key, or the value is not YAML.
-    """
-    key, sign, value = text.partition("=")
-    if not sign or not key or any(not part for part in key.split(".")):
-        raise InputError(f"override {text!r}: expected key=value, such as federation.rounds=3")
-    try:
-        leaf = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {text!r}: the value is not YAML") from error
-    for part in reversed(key.split(".")):
-        leaf = {part: leaf}
-    assert isinstance(leaf, dict)
-    return leaf
-
-
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Reads and checks a configuration.
-
-    Args:
-        source: A YAML file, or its content as a mapping.
-        overrides: ``section.key=value`` strings, stronger than the file.
-
-    Raises:
-        InputError: naming the key, its value and what is allowed.
-    """
-    tree = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
-    overriding: Tree = {}
-    for text in overrides:
-        overriding = merge(overriding, parse_override(text))
-    file_method = tree.get("method", "fltac")
-    merged = merge(tree, _preset(overriding["method"])) if "method" in overriding else merge(_preset(file_method), tree)
-    method = overriding.get("method", file_method)
-    per_method = tree.get("methods") or {}
-    if not isinstance(per_method, Mapping):
-        raise InputError(f"methods: got {per_method!r}; expected a mapping of method names to settings")
-    for name in per_method:
-        _preset(name)
-    merged = merge(merge(merged, per_method.get(method) or {}), overriding)
-    merged["methods"] = {}
-    return _validated(merged)
-
-
-def read_yaml(path: Path) -> Tree:
-    """Raises InputError where the file is missing or not a YAML mapping."""
-    if not path.is_file():
-        raise InputError(f"config {path}: no such file")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = str(error).split("\n")[0]
-        raise InputError(f"config {path}: not YAML: {line}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
-    return tree
-
-
-def to_yaml(config: Config) -> str:
-    """The fully resolved configuration as YAML; reading it again gives the same configuration."""
-    tree = config.model_dump(mode="json", exclude={"methods"})
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _preset(method: Any) -> Tree:
-    if not isinstance(method, str) or method not in PRESETS:
-        near = difflib.get_close_matches(str(method), PRESETS, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"method: got {method!r}; allowed are {', '.join(PRESETS)}{hint}")
-    return PRESETS[method]
-
-
-def _validated(tree: Tree) -> Config:
-    _refuse_unknown(tree, Config, "")
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "config"
-        message = first["msg"].removeprefix("Value error, ")
-        value = first.get("input")
-        shown = "" if isinstance(value, dict | Config | Section) else f" got {value!r};"
-        raise InputError(f"{key}:{shown} {message[0].lower() + message[1:]}") from error
-
-
-def _refuse_unknown(tree: Any, section: type[BaseModel], path: str) -> None:
-    """Raises InputError for the first key that the section does not have, with the nearest name that it has."""
-    if not isinstance(tree, Mapping):
-        return
-    for key, value in tree.items():
-        field = section.model_fields.get(str(key))
-        where = f"{path}{key}"
-        if field is None:
-            near = difflib.get_close_matches(str(key), section.model_fields, 1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"allowed are {', '.join(section.model_fields)}"
-            raise InputError(f"{where}: unknown key; {hint}")
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            _refuse_unknown(value, inner, f"{where}.")
-        elif where == "tasks" and isinstance(value, Mapping):
-            for name, task in value.items():
-                _refuse_unknown(task, TaskConfig, f"tasks.{name}.")
+    @property
+    def wire_dtype(self) -> Literal["float32", "float16"]:
+        """What adapters are rounded to between the parties."""
+        return self.wire.dtype if self.communicates else "float32"

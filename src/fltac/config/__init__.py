@@ -1,0 +1,42 @@
+"""The typed configuration of a run, unknown keys refused with the nearest valid name."""
+
+from fltac.config.loading import load_config, parse_override, read_yaml, to_yaml
+from fltac.config.presets import PRESETS
+from fltac.config.sections import (
+    AggregationConfig,
+    BackboneConfig,
+    ClusteringConfig,
+    Config,
+    EvaluationConfig,
+    FederationConfig,
+    LoraConfig,
+    OutputConfig,
+    PartitionConfig,
+    ServerConfig,
+    ServerSettings,
+    TaskConfig,
+    TrainingConfig,
+    WireConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "AggregationConfig",
+    "BackboneConfig",
+    "ClusteringConfig",
+    "Config",
+    "EvaluationConfig",
+    "FederationConfig",
+    "LoraConfig",
+    "OutputConfig",
+    "PartitionConfig",
+    "ServerConfig",
+    "ServerSettings",
+    "TaskConfig",
+    "TrainingConfig",
+    "WireConfig",
+    "load_config",
+    "parse_override",
+    "read_yaml",
+    "to_yaml",
+]

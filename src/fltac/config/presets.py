@@ -1,0 +1,66 @@
+"""Methods by name: a method is nothing but settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Tree = dict[str, Any]
+
+OWNED: Tree = {
+    "federation": {"pool": "none"},
+    "training": {"adapters": "per-task", "heads": "per-shape", "trainable": "lora"},
+    "server": {
+        "clustering": {"rule": "spectral", "head": True, "cannot_link": True, "starts": 20},
+        "aggregation": {"rule": "mean", "weighting": "examples"},
+    },
+}
+"""The settings that make a method. Every preset sets all of them, so that nothing of another method is left over."""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """Returns ``base`` with the leaves of ``over`` put over it; a mapping merges, anything else replaces."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+_OWN: dict[str, Tree] = {
+    # The best default known so far.
+    "fltac": {},
+    # The paper's rules: K-means over flattened factors, unweighted mean.
+    "fltac-paper": {
+        "server": {
+            "clustering": {"rule": "kmeans", "head": False, "cannot_link": False, "starts": 10},
+            "aggregation": {"weighting": "uniform"},
+        }
+    },
+    # FedIT (arXiv 2305.05644): one shared adapter, one head per shape.
+    "fedit": {"training": {"adapters": "shared"}, "server": {"clustering": {"rule": "single"}}},
+    # The same, told the tasks: one head per task.
+    "fedit-heads": {
+        "training": {"adapters": "shared", "heads": "per-task"},
+        "server": {"clustering": {"rule": "single"}},
+    },
+    # Every slot trains alone.
+    "local": {"server": {"clustering": {"rule": "none"}}},
+    # Averages by true task.
+    "oracle": {"server": {"clustering": {"rule": "given"}}},
+    # Averages random groups.
+    "random": {"server": {"clustering": {"rule": "random"}}},
+    # All of a task's rows in one place, LoRA, the steps of all its slots together.
+    "central": {"federation": {"pool": "sum"}, "server": {"clustering": {"rule": "none"}}},
+    # The same with the steps of one slot.
+    "central-single": {"federation": {"pool": "single"}, "server": {"clustering": {"rule": "none"}}},
+    # Full fine-tuning of the backbone on all of a task's rows.
+    "central-full": {
+        "federation": {"pool": "sum"},
+        "training": {"trainable": "all"},
+        "server": {"clustering": {"rule": "none"}},
+    },
+    # The adapter that everybody starts from.
+    "zero": {"training": {"trainable": "none"}, "server": {"clustering": {"rule": "none"}}},
+}
+
+PRESETS: dict[str, Tree] = {name: merge(OWNED, own) for name, own in _OWN.items()}
+"""A method is nothing but settings."""

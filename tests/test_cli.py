@@ -135,7 +135,7 @@ def test_nothing_starts_if_one_seed_is_there_already(api: StandIn, capsys: pytes
     assert call("run", "a.yaml", "--out", "out/seed-6") == 0
     assert call("run", "a.yaml", "--out", "out", "--seeds", "2") == 2
     assert len(api.calls) == 1
-    expected = "error: out/seed-6 is not empty; continue it with `fltac resume out/seed-6`, or choose another --out"
+    expected = "error: out/seed-6 is not empty; continue it with `fltac resume out/seed-6`, or choose another folder"
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
@@ -198,6 +198,19 @@ def test_export_prints_the_folders(api: StandIn, capsys: pytest.CaptureFixture[s
     assert call("export", "out", "peft") == 0
     assert api.calls == [("export", "out", "peft")]
     assert capsys.readouterr().out == "peft/cluster-0\npeft/cluster-1\n"
+
+
+def test_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
+    """The table of several seeds holds a plus-minus sign."""
+    for seed in (0, 1):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir()
+        tasks = {"a": {"metric": "accuracy", "score": 0.5 + seed / 10, "worst_client": 0.5, "n_eval": 4}}
+        summary = {"method": "fltac", "rounds": 1, "seed": seed, "tasks": tasks, "mean_score": 0.5, "clustering": None}
+        (folder / "summary.json").write_text(json.dumps({**summary, "bytes_total": {"up": 1, "down": 1}}))
+    command = [sys.executable, "-m", "fltac", "compare", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True)
+    assert b"0.550 ? 0.071" in done.stdout
 
 
 def test_partition(api: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,9 @@ def test_rounds_and_communication_of_the_methods() -> None:
         (["federation.partition.rule=table"], ["federation.partition.table"]),
         (["federation.rounds"], ["federation.rounds", "key=value"]),
         (["tasks=3"], ["tasks", "3"]),
+        (["tasks=[rte, rte]"], ["tasks", "rte", "once"]),
+        (["training.lr=.inf"], ["training.lr", "inf", "finite"]),
+        (["training.lanes=foo"], ["training.lanes: got 'foo'"]),
         (["federation=3"], ["federation", "3"]),
     ],
 )

@@ -6,6 +6,7 @@ With ``--json`` stdout holds JSON and nothing else. Whatever imports torch is im
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, everyt
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command line (default: the process's own) and exits with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:

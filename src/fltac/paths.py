@@ -40,7 +40,10 @@ def resolve(name: str, key: str) -> str:
     if not name.startswith(PACKAGE):
         return expand(name, key)
     package, _, inside = name[len(PACKAGE) :].partition("/")
-    spec = importlib.util.find_spec(package) if package else None
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{key}: {name!r}: the Python package {package!r} is not installed")
     folder = Path(next(iter(spec.submodule_search_locations))) / inside
@@ -50,7 +53,10 @@ def resolve(name: str, key: str) -> str:
 
 
 def cache_folder() -> Path:
-    """``FLTAC_CACHE``, else ``~/.cache/fltac``; created if missing."""
+    """``FLTAC_CACHE``, else ``~/.cache/fltac``; created if missing. Raises InputError where it cannot be made."""
     folder = Path(os.environ.get("FLTAC_CACHE") or Path.home() / ".cache" / "fltac")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"FLTAC_CACHE: {folder} cannot be made: {error.strerror or error}") from error
     return folder

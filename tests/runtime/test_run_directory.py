@@ -48,7 +48,7 @@ def test_an_occupied_folder_is_refused(tmp_path: Path) -> None:
     create(tmp_path / "run", config())
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     out = tmp_path / "run"
-    message = f"{out} is not empty; continue it with `fltac resume {out}`, or choose another --out"
+    message = f"{out} is not empty; continue it with `fltac resume {out}`, or choose another folder"
     with pytest.raises(InputError, match=message):
         create(tmp_path / "run", config("federation.rounds=9"))
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
@@ -123,11 +123,16 @@ def test_summary_and_lanes(tmp_path: Path) -> None:
     run = create(tmp_path / "run", config())
     assert run.summary() is None
     assert run.lanes() is None
-    run.write_summary({"mean_score": 0.1})
-    run.write_summary({"mean_score": 0.1 + 0.2})
-    run.write_lanes({"1": [["c0", 0]]})
-    assert run.summary() == {"mean_score": 0.1 + 0.2}
-    assert run.lanes() == {"1": [["c0", 0]]}
+    summary = {"method": "fltac", "rounds": 1, "tasks": {}, "mean_score": 0.1}
+    run.write_summary(summary)
+    run.write_summary({**summary, "mean_score": 0.1 + 0.2})
+    run.write_lanes({"lanes": 3, "tokens": 99})
+    assert run.summary() == {**summary, "mean_score": 0.1 + 0.2}
+    assert run.lanes() == {"lanes": 3, "tokens": 99}
+    for damaged in ({}, {"lanes": 0, "tokens": 1}, {"lanes": "many", "tokens": 1}, {"lanes": True, "tokens": 1}):
+        run.write_lanes(damaged)
+        with pytest.raises(InputError, match=r"lanes.json: got .* expected whole numbers from 1"):
+            run.lanes()
     run.write_evaluation({"round": 1})
     assert json.loads((run.path / "evaluation.json").read_text()) == {"round": 1}
     (run.path / "lanes.json").write_text("{")
@@ -135,6 +140,9 @@ def test_summary_and_lanes(tmp_path: Path) -> None:
         run.lanes()
     (run.path / "summary.json").write_text("[]")
     with pytest.raises(InputError, match=r"summary.json: expected a JSON object, got list"):
+        run.summary()
+    (run.path / "summary.json").write_text("{}")
+    with pytest.raises(InputError, match=r"summary.json: damaged"):
         run.summary()
 
 

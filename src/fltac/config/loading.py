@@ -114,7 +114,8 @@ def _validated(tree: Tree) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "config"
+        # Beside field names, pydantic puts the names of the types that it tried.
+        key = ".".join(str(part) for part in first["loc"] if str(part).replace("_", "").isalnum()) or "config"
         message = first["msg"].removeprefix("Value error, ")
         value = first.get("input")
         shown = "" if isinstance(value, dict | Config | Section) else f" got {value!r};"

@@ -10,7 +10,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class BackboneConfig(Section):
@@ -250,6 +250,9 @@ class Config(Section):
     @classmethod
     def _task_list(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
+            names = [str(name) for name in data["tasks"]]
+            if len(set(names)) < len(names):
+                raise ValueError(f"tasks: got {names}; each task may stand there once")
             data = {**data, "tasks": {str(name): {"preset": str(name)} for name in data["tasks"]}}
         if isinstance(data, dict) and isinstance(data.get("tasks"), dict):
             data = {**data, "tasks": {name: task or {"preset": name} for name, task in data["tasks"].items()}}

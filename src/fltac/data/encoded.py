@@ -43,6 +43,11 @@ class Encoder(Protocol):
         """Of everything but the rows that the encoded rows depend on."""
         ...
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that a row is cut after; None for images."""
+        ...
+
     def content(self, split: RawSplit) -> Iterator[bytes]:
         """What a row's fingerprint is taken of, row by row."""
         ...
@@ -114,6 +119,7 @@ class EncodedTask:
         train: Training rows, of all clients together.
         validation: Rows that it is scored on.
         label_names: Names of the classes where there are any.
+        max_length: Tokens that a row is cut after; None for images.
     """
 
     name: str
@@ -123,6 +129,7 @@ class EncodedTask:
     train: Split
     validation: Split
     label_names: tuple[str, ...] | None
+    max_length: int | None = None
 
 
 def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
@@ -151,6 +158,7 @@ def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
             train=encode_split(raw.train, encoder),
             validation=encode_split(raw.validation, encoder),
             label_names=raw.label_names,
+            max_length=encoder.max_length,
         )
     return out
 

@@ -177,7 +177,7 @@ def read_image_folder(folder: Path, key: str) -> Dataset:
         raise InputError(f"{key}: {str(folder)!r} holds no images in folders named after their classes")
     return Dataset.from_dict(
         {
-            "image": [{"bytes": None, "path": str(file)} for file, _ in files],
+            "image": [{"bytes": None, "path": str(file.absolute())} for file, _ in files],
             "label": [number for _, number in files],
         },
         features=Features({"image": Image(decode=False), "label": ClassLabel(names=classes)}),

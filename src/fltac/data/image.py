@@ -71,6 +71,7 @@ class ImageEncoder:
     geometry: Geometry
     normalisation: Normalisation
     fingerprint: str
+    max_length: None = None
 
     def content(self, split: RawSplit) -> Iterator[bytes]:
         """The images' files, for a fingerprint."""

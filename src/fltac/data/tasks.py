@@ -216,6 +216,10 @@ def _shape(name: str, task: TaskConfig) -> tuple[Kind, tuple[str, ...], str]:
     if task.columns is None or not 1 <= len(task.columns) <= 2:
         given = task.columns if task.columns is not None else "nothing"
         raise InputError(f"tasks.{name}.columns: got {given}; a text task has one or two text columns")
+    if len(set(task.columns)) < len(task.columns) or task.label in task.columns:
+        raise InputError(
+            f"tasks.{name}.columns: got {task.columns} with label {task.label!r}; all must be different columns"
+        )
     if task.label is None:
         raise InputError(f"tasks.{name}.label: not given; a text task needs its label column")
     return task.kind, tuple(task.columns), task.label

@@ -1,7 +1,8 @@
 """The README.md of an exported adapter: what it is, and the exact lines that load it without this package."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fltac.model.backbone import Backbone
@@ -19,6 +20,8 @@ class CardFacts:
         members: Slots in the cluster.
         cluster: The cluster's id.
         max_length: Tokens after which texts were cut, if known.
+        tasks: The tasks that it was trained for, as far as the evaluator knows: the number of clients, and the names
+            of the classes in the order of the head's outputs where there are any.
     """
 
     method: str
@@ -26,6 +29,7 @@ class CardFacts:
     members: int
     cluster: int
     max_length: int | None = None
+    tasks: Mapping[str, tuple[int, tuple[str, ...] | None]] = field(default_factory=dict)
 
 
 def model_card(
@@ -57,12 +61,23 @@ def model_card(
         f"- SHA-256 of its weights: `{backbone.fingerprint}`",
         f"- {summary}",
         f"- {head}",
+        *_tasks(facts),
         "",
         "```python",
         *_code(backbone, native, outputs, facts),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tasks(facts: CardFacts) -> list[str]:
+    """One line for each task, those of most clients first."""
+    ordered = sorted(facts.tasks.items(), key=lambda item: -item[1][0])
+    return [
+        f"- Task `{task}`: {count} client{'s' if count > 1 else ''}"
+        + (f"; classes in order: {', '.join(names)}" if names else "")
+        for task, (count, names) in ordered
+    ]
 
 
 def _outputs(outputs: int) -> str:

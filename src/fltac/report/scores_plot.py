@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fltac.report.compare import majority_of, score_of, tasks_of
-from fltac.report.partition_plot import check_plot_file
+from fltac.report.partition_plot import check_plot_file, save
 from fltac.report.results import Result
 
 COLOURS = ("#b8c4d6", "#7f9cc4", "#4d74ad", "#1f4e8c", "#e08e45", "#c7c7c7", "#8f8f8f", "#5e5e5e")
@@ -48,4 +48,4 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
     axes.set_ylabel("score")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
+    save(figure, path)

@@ -21,7 +21,7 @@ from fltac.runtime.progress import Progress, Silent
 from fltac.runtime.run_directory import RunDirectory, create, open_existing, refuse_occupied
 from fltac.runtime.setup import Experiment, available_cores, choose_plan, load_partition, prepare, resolved
 from fltac.runtime.simulation import Simulation
-from fltac.runtime.summary import judged, no_report, summarised, truncation_lines, untrained_record
+from fltac.runtime.summary import baselines, judged, no_report, summarised, truncation_lines, untrained_record
 from fltac.server.round import init_server
 
 
@@ -82,6 +82,7 @@ def resume(directory: str | Path, progress: Progress | None = None) -> RunResult
     else:
         state = checkpoint.state
     opened.cut_rounds(state.round_number)
+    _refuse_partial(opened)
     return _continue(experiment, opened, state, progress or Silent())
 
 
@@ -94,7 +95,8 @@ def evaluate(directory: str | Path, progress: Progress | None = None) -> Record:
     opened, experiment, state = _opened(Path(directory))
     torch.set_num_threads(opened.config.training.threads or available_cores())
     (progress or Silent()).message(f"evaluating round {state.round_number} of {opened.path}")
-    record = {"round": state.round_number, **judged(experiment, state, no_report(state), None)}
+    scores = judged(experiment, state, no_report(experiment, state), None)
+    record = {"round": state.round_number, **scores, "baselines": baselines(experiment)}
     opened.write_evaluation(record)
     return record
 
@@ -154,6 +156,8 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         directory.append_round(record)
         save_checkpoint(directory.path, state, {}, config.output.keep_checkpoints)
         progress.round_finished(record)
+        if not record["updates"] and record["rejected"]:
+            progress.message(f"round {record['round']}: no update could be used: {record['rejections'][0]}")
 
     simulation = Simulation(experiment.clients, model, config, passes, state.initial, meter.on_pass)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
@@ -166,7 +170,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         last = records[-1] if records else untrained_record(experiment, state)
         if config.output.adapters and config.training.trainable != "all":
             export_clusters(experiment, state, directory.path / "adapters")
-        summary = summarised(experiment, records, last)
+        summary = summarised(experiment, state, records, last)
         directory.write_summary(summary)
     finally:
         progress.close()
@@ -174,17 +178,29 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
     return RunResult(directory.path, summary)
 
 
+def _refuse_partial(opened: RunDirectory) -> None:
+    """Raises InputError, before anything is trained, where a record lacks what the summary is made of."""
+    for record in opened.rounds():
+        missing = {"bytes", "seconds", "tasks"} - record.keys()
+        if missing:
+            raise InputError(
+                f"{opened.path}: the record of round {record['round']} has no {', '.join(sorted(missing))}"
+            )
+
+
 def _refuse_changed(opened: RunDirectory, experiment: Experiment) -> None:
     """Raises InputError where the config, the data or the backbone are not those that the run started with."""
     manifest = opened.manifest()
     if manifest is None:
         raise InputError(f"{opened.path}: its manifest.json is missing, so nobody knows what the run started with")
-    stored = manifest.get("fingerprints", {})
+    stored = manifest.get("fingerprints")
+    if not isinstance(stored, dict) or set(stored) != set(experiment.fingerprints):
+        raise InputError(f"{opened.path}: its manifest.json is damaged: the fingerprints are not those of a run")
     for name, value in experiment.fingerprints.items():
-        if name in stored and stored[name] != value:
+        if stored[name] != value:
             raise InputError(
                 f"{opened.path}: {name} has changed since this run started "
-                f"(fingerprint {stored[name][:12]}, now {value[:12]}); start a new run"
+                f"(fingerprint {str(stored[name])[:12]}, now {value[:12]}); start a new run"
             )
 
 

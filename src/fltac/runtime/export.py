@@ -1,38 +1,76 @@
-"""Every cluster's adapter as a PEFT folder."""
+"""Every cluster's adapter as a PEFT folder, and which tasks it is for: the evaluator's knowledge, not the server's."""
 
+from collections import Counter
 from pathlib import Path
 
+from fltac.errors import InputError
 from fltac.model.lora import detach
 from fltac.model.peft_format import CardFacts, export_adapter
 from fltac.records import HEAD, Adapter, Cluster, ServerState, head_keys
 from fltac.runtime.setup import Experiment
 
 
+def adapter_folders(state: ServerState) -> dict[tuple[int, str], str]:
+    """The folder's name for each (cluster id, head key); without clusters v0 stands for cluster 0."""
+    out = {}
+    for cluster in _clusters(state):
+        keys = head_keys(cluster.adapter)
+        for key in keys:
+            out[cluster.id, key] = f"cluster-{cluster.id}" + (f"-head-{key}" if len(keys) > 1 else "")
+    return out
+
+
+def folders_of_tasks(experiment: Experiment, state: ServerState) -> dict[str, dict[str, int]]:
+    """For each task the folders of the adapters that its clients received, with the number of clients."""
+    names, assignment, first = adapter_folders(state), state.assignment(), _clusters(state)[0].id
+    out: dict[str, Counter[str]] = {name: Counter() for name in experiment.tasks}
+    for holding in experiment.holdings:
+        folder = names.get((assignment.get(holding.key, first), holding.head_key))
+        if folder is not None:
+            out[holding.task][folder] += 1
+    return {task: dict(counts.most_common()) for task, counts in out.items()}
+
+
 def export_clusters(experiment: Experiment, state: ServerState, out: Path) -> list[Path]:
-    """One folder for each cluster; one for each head where a cluster's adapter has several.
+    """Writes one folder for each cluster; one for each head where a cluster's adapter has several.
 
     The backbone in memory may be rounded to bfloat16 and carries lanes, so both are undone first; the run is over.
+
+    Raises:
+        InputError: ``out`` cannot be written.
     """
     model, config = experiment.model, experiment.config
+    clusters = {cluster.id: cluster for cluster in _clusters(state)}
+    tasks = folders_of_tasks(experiment, state)
+    max_length = max((task.max_length for task in experiment.tasks.values() if task.max_length), default=None)
+    folders = []
     detach(experiment.backbone.model, model.layers)
     try:
-        folders = []
-        for cluster in state.clusters or (Cluster(0, state.initial, ()),):
-            keys = head_keys(cluster.adapter)
-            for key in keys:
-                name = f"cluster-{cluster.id}" + (f"-head-{key}" if len(keys) > 1 else "")
-                card = CardFacts(
-                    method=config.method, rounds=state.round_number, members=len(cluster.members), cluster=cluster.id
-                )
-                adapter = _with_one_head(cluster.adapter, key)
-                backbone, targets = experiment.backbone, list(experiment.modules)
-                export_adapter(out / name, adapter, key, backbone, config.lora, targets, card)
-                folders.append(out / name)
-        return folders
+        for (number, key), name in adapter_folders(state).items():
+            held = {task: counts[name] for task, counts in tasks.items() if name in counts}
+            card = CardFacts(
+                method=config.method,
+                rounds=state.round_number,
+                members=len(clusters[number].members),
+                cluster=number,
+                max_length=max_length,
+                tasks={task: (count, experiment.tasks[task].label_names) for task, count in held.items()},
+            )
+            adapter = _with_one_head(clusters[number].adapter, key)
+            backbone, targets = experiment.backbone, list(experiment.modules)
+            export_adapter(out / name, adapter, key, backbone, config.lora, targets, card)
+            folders.append(out / name)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         for path, layer in model.layers.items():
             parent, _, name = path.rpartition(".")
             setattr(experiment.backbone.model.get_submodule(parent), name, layer)
+    return folders
+
+
+def _clusters(state: ServerState) -> tuple[Cluster, ...]:
+    return state.clusters or (Cluster(0, state.initial, ()),)
 
 
 def _with_one_head(adapter: Adapter, key: str) -> Adapter:

@@ -37,13 +37,17 @@ def package_version(name: str) -> str | None:
 
 
 @cache
+def code_state() -> dict[str, str | bool] | None:
+    """:func:`git_state` of this package, asked once in a process: what is committed later is not the code that runs."""
+    return git_state()
+
+
 def git_state(folder: Path | None = None) -> dict[str, str | bool] | None:
     """The commit that a folder (default: this package's own) is checked out from, and whether it was changed.
 
     Returns:
         ``{"commit": <40 hex digits>, "dirty": bool}``; None where git is missing, nothing is committed yet,
-        or the folder is not tracked, as an installed copy inside somebody else's checkout is not. Asked once in
-        a process, since what is committed later is not the code that runs.
+        or the folder is not tracked, as an installed copy inside somebody else's checkout is not.
     """
     folder = folder or Path(__file__).resolve().parents[1]
     commit = _git(folder, "rev-parse", "HEAD")

@@ -93,7 +93,10 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """What ``summary.json`` holds; None where there is none. Raises InputError where it is damaged."""
-        return _read_json(self.path / SUMMARY)
+        summary = _read_json(self.path / SUMMARY)
+        if summary is not None and not {"method", "rounds", "tasks", "mean_score"} <= summary.keys():
+            raise InputError(f"{self.path / SUMMARY}: damaged: it lacks the scores of a run")
+        return summary
 
     def write_evaluation(self, record: Mapping[str, object]) -> None:
         """Replaces ``evaluation.json``, the scores of an evaluation apart from the run's own."""
@@ -122,13 +125,16 @@ def refuse_occupied(out: Path) -> None:
     Raises:
         InputError: ``out`` is a file, or a folder that is not empty.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; expected a folder that is empty or does not exist")
-    foreign = [p.name for p in out.iterdir() if not _is_leftover(p.name)] if out.exists() else []
+    try:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file; expected a folder that is empty or does not exist")
+        foreign = [p.name for p in out.iterdir() if not _is_leftover(p.name)] if out.exists() else []
+    except OSError as error:
+        raise InputError(f"{out} cannot be read: {error.strerror}") from error
     if not foreign:
         return
     if CONFIG in foreign:
-        raise InputError(f"{out} is not empty; continue it with `fltac resume {out}`, or choose another --out")
+        raise InputError(f"{out} is not empty; continue it with `fltac resume {out}`, or choose another folder")
     raise InputError(f"{out} is not empty and holds no run (there is {min(foreign)}); choose another folder")
 
 
@@ -149,7 +155,7 @@ def create(
     refuse_occupied(out)
     manifest = {
         "versions": provenance.versions(),
-        "git": provenance.git_state(),
+        "git": provenance.code_state(),
         "hardware": provenance.hardware(gpu),
         "seed": config.federation.seed,
         "command": provenance.command_line(),
@@ -216,6 +222,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):

@@ -159,7 +159,10 @@ def resolved(experiment: Experiment) -> Experiment:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
+    """CPU cores that this process may use: what ``OMP_NUM_THREADS`` says, else all that it may run on."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

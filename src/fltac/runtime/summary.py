@@ -7,6 +7,7 @@ from typing import Any
 from fltac.data.encoded import majority_score
 from fltac.evaluation import clustering_record, score_state
 from fltac.records import RoundReport, ServerState
+from fltac.runtime.export import folders_of_tasks
 from fltac.runtime.loop import Record
 from fltac.runtime.run_directory import peak_rss_bytes
 from fltac.runtime.setup import Experiment, rounds_taken
@@ -22,9 +23,11 @@ def judged(experiment: Experiment, state: ServerState, report: RoundReport, max_
     }
 
 
-def no_report(state: ServerState) -> RoundReport:
+def no_report(experiment: Experiment, state: ServerState) -> RoundReport:
     """Stands in where a state is scored apart from its round."""
-    return RoundReport(state.round_number, (), 0, (), None, None)
+    clustered = experiment.config.server.clustering.rule not in ("single", "none")
+    k = sum(bool(cluster.members) for cluster in state.clusters) if clustered else None
+    return RoundReport(state.round_number, (), 0, (), k, None)
 
 
 def untrained_record(experiment: Experiment, state: ServerState) -> Record:
@@ -34,17 +37,18 @@ def untrained_record(experiment: Experiment, state: ServerState) -> Record:
         "clients": 0,
         "updates": 0,
         "rejected": 0,
-        **judged(experiment, state, no_report(state), None),
+        **judged(experiment, state, no_report(experiment, state), None),
         "bytes": {"up": 0, "down": 0},
         "loss": None,
     }
 
 
-def summarised(experiment: Experiment, records: Sequence[Record], last: Record) -> dict[str, Any]:
+def summarised(experiment: Experiment, state: ServerState, records: Sequence[Record], last: Record) -> dict[str, Any]:
     """What ``summary.json`` holds.
 
     Args:
         experiment: The run's parts.
+        state: The server after the last round.
         records: Of all rounds.
         last: The last round's, or :func:`untrained_record`.
     """
@@ -58,15 +62,21 @@ def summarised(experiment: Experiment, records: Sequence[Record], last: Record) 
         "seconds_total": {
             part: sum(record["seconds"][part] for record in records) for part in ("train", "server", "evaluate")
         },
+        "adapters": folders_of_tasks(experiment, state) if config.training.trainable != "all" else None,
         "slot_steps": _slot_steps(experiment),
         "trainable_parameters": _trainable_parameters(experiment),
-        "baselines": {"majority": {name: majority_score(task) for name, task in experiment.tasks.items()}},
+        "baselines": baselines(experiment),
         "truncated_rows": {
             name: {"train": task.train.truncated, "validation": task.validation.truncated}
             for name, task in experiment.tasks.items()
         },
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def baselines(experiment: Experiment) -> dict[str, dict[str, float]]:
+    """The majority class's score on each task."""
+    return {"majority": {name: majority_score(task) for name, task in experiment.tasks.items()}}
 
 
 def _slot_steps(experiment: Experiment) -> int:

@@ -31,5 +31,5 @@ def test_a_package_that_is_not_there(name: str) -> None:
 def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLTAC_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="FLTAC_CACHE: .*file cannot be made"):
+    with pytest.raises(InputError, match=r"FLTAC_CACHE: .*file cannot be made"):
         cache_folder()

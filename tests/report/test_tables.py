@@ -68,7 +68,7 @@ def test_the_figure_names_tasks_and_clients(tmp_path: Path) -> None:
         plot_partition(COUNTS, ["sst2", "rte"], tmp_path / "shares.svg")
     texts = {"".join(node.itertext()).strip() for node in xml.etree.ElementTree.parse(tmp_path / "shares.svg").iter()}
     assert {"sst2", "rte", "c0", "c1"} <= texts
-    assert "c2" not in texts
+    assert any(text.endswith("c2") for text in texts), "a client whose piece is too narrow stands in the legend"
     plot_partition(COUNTS, ["sst2"], tmp_path / "shares.png")
     assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,7 +7,7 @@ from typing import Any
 from fltac.errors import InputError
 
 FORMATS = (".png", ".svg", ".pdf")
-LETTER_SHARE = 0.0115
+LETTER_SHARE = 0.008
 """Width of a letter of a label; a name longer than its piece is left to the legend."""
 LEGEND_CLIENTS = 24
 
@@ -53,10 +53,9 @@ def plot_partition(counts: Mapping[str, Mapping[str, int]], tasks: Sequence[str]
     figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
     # Neighbours are far apart in colour: every other one comes from the other half of the map.
-    places = [
-        (number // 2 + number % 2 * (len(clients) + 1) // 2) / max(1, len(clients)) for number in range(len(clients))
-    ]
-    colours = [colormaps["turbo"](0.05 + 0.9 * place) for place in places]
+    half = (len(clients) + 1) // 2
+    places = [number // 2 + half * (number % 2) for number in range(len(clients))]
+    colours = [colormaps["turbo"](0.05 + 0.9 * place / len(clients)) for place in places]
     for position, task in enumerate(tasks):
         left = 0.0
         for client, share in shares(counts, task).items():

@@ -29,7 +29,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 test: lint types
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 clean:
 	rm -rf $(VENV)

@@ -35,7 +35,6 @@ def main() -> int:
     if out is None:
         Path("runs").mkdir(exist_ok=True)
         out = Path(tempfile.mkdtemp(prefix=f"{args.config.stem}-", dir="runs"))
-    directories = []
     try:
         for method in args.methods:
             first = load_config(args.config, [f"method={method}", *args.overrides])
@@ -51,11 +50,10 @@ def main() -> int:
                     run(config, directory, for_stream())
                 if args.records:
                     strip(directory)
-                directories.append(directory)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(comparison_table(load_results(directories)))
+    print(comparison_table(load_results([out / method for method in args.methods])))
     return 0
 
 

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from fltac.report.compare import comparison_table, load_results
+from fltac.report.compare import comparison_table, load_results, majority_of, score_of, tasks_of
 from fltac.report.scores_plot import plot_scores
 
 ROOT = Path(__file__).parent.parent
@@ -21,11 +21,31 @@ def generated(name: str, folder: Path) -> str:
     return f"{comparison_table(load_results(runs))}\n<sub>{source}</sub>"
 
 
+def reading(folder: Path) -> str:
+    """Where FL-TAC does not win, task by task, from the same files; so that nobody has to be trusted to say so."""
+    results = load_results(sorted(path for path in folder.iterdir() if path.is_dir()))
+    ours = next(result for result in results if result.method == "fltac")
+    majority = majority_of(results)
+    lines = ["Where `fltac` does not win:", ""]
+    for task in tasks_of(results):
+        own = score_of(ours, task)
+        assert own is not None
+        better = [
+            f"`{result.label}` {other.mean:.3f}"
+            for result in results
+            if result is not ours and (other := score_of(result, task)) and other.mean > own.mean
+        ]
+        said = f"higher: {', '.join(better)}" if better else "nothing is higher"
+        low = own.mean <= majority[task]
+        lines.append(f"- {task}: {own.mean:.3f}, " + ("not above the majority class; " if low else "") + said)
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """README text with every ``<!-- table:NAME -->`` block generated again."""
     for name, folder in TABLES.items():
         start, end = f"<!-- table:{name} -->", f"<!-- end:{name} -->"
-        block = f"{start}\n{generated(name, folder)}\n{end}"
+        block = f"{start}\n{generated(name, folder)}\n\n{reading(folder)}\n{end}"
         text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _, block=block: block, text, flags=re.S)
     return text
 

@@ -171,7 +171,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLTAC_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(builtin, "pretrain", refuse)
-    with pytest.raises(InputError, match=r"^FLTAC_CACHE: .*cache.* cannot be written \(.+\)"):
+    with pytest.raises(InputError, match=r"^FLTAC_CACHE: .*cache.* cannot be made: .+"):
         builtin_folder(DIGITS_VIT)
 
 

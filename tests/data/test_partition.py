@@ -297,7 +297,7 @@ def test_label_skew_gives_out_a_class_that_only_dropped_clients_had() -> None:
             "table.x.q: got 0.5; there is no task q, allowed are a, b",
         ),
         ({"table": {"x": {"a": -0.25, "b": 1}}}, "table.x.a: got -0.25; allowed are shares from 0 to 1"),
-        ({"table": {"x": {"a": float("nan")}}}, "table.x.a: got nan; allowed are shares from 0 to 1"),
+        ({"table": {"x": {"a": float("nan")}}}, "table.x.a: got nan; input should be a finite number"),
         ({"table": {"x": {"a": 1.5}}}, "table.x.a: got 1.5; allowed are shares from 0 to 1"),
         (
             {"table": {"x": {"a": 0.5, "b": 1}, "y": {"a": 0.75}}},
@@ -324,7 +324,8 @@ def test_label_skew_gives_out_a_class_that_only_dropped_clients_had() -> None:
             {"table": {"x": {"a": 1, "b": 1}}, "max_tasks_per_client": 1},
             "max_tasks_per_client: got 1; 1 clients hold 2 tasks, allowed is at least 2",
         ),
-        ({"rule": "dirichlet", "alpha": float("inf")}, "alpha: got inf; allowed is at most 1e300 (or rule: iid)"),
+        ({"rule": "dirichlet", "alpha": float("inf")}, "alpha: got inf; input should be a finite number"),
+        ({"rule": "dirichlet", "alpha": 1.7e308}, "alpha: got 1.7e+308; allowed is at most 1e300 (or rule: iid)"),
     ],
 )
 def test_wrong_settings(partition: dict[str, Any], message: str) -> None:

@@ -113,7 +113,7 @@ from transformers import AutoModel, AutoTokenizer
 base, folder, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.float32), folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(base)
-batch = tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+batch = tokenizer(*texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
 with torch.no_grad():
     out = model(**batch)
 mask = batch["attention_mask"].unsqueeze(-1)
@@ -133,7 +133,7 @@ def test_real_glue_and_its_adapters_read_by_peft_alone(data_root: Path, tmp_path
     from fltac.runtime.checkpoint import latest_checkpoint
 
     tree: dict[str, Any] = {
-        "backbone": {"name": MINILM, "device": "cpu"},
+        "backbone": {"name": MINILM, "device": "cpu", "max_length": 48},
         "tasks": ["mrpc", "rte"],
         "data_root": str(data_root / "data"),
         "federation": {"clients": 4, "rounds": 1},

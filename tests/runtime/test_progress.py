@@ -87,10 +87,12 @@ def test_bars_estimate_from_this_process_alone() -> None:
 
 
 def test_a_run_without_rounds_or_slots() -> None:
-    for progress in (Bars(Terminal()), Lines(io.StringIO()), Silent()):
+    bars = Bars(Terminal())
+    for progress in (bars, Lines(io.StringIO()), Silent()):
         progress.start(0, 0)
         progress.slots_done(0, None, 0)
         progress.close()
+    assert [task.completed for task in bars._bars.tasks] == [0, 0]
 
 
 def test_the_stream_decides() -> None:

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from fltac.report.compare import comparison_table, load_results, majority_of, score_of, tasks_of
+from fltac.report.compare import comparison_table, label_of, load_results, majority_of, score_of, tasks_of
 from fltac.report.scores_plot import plot_scores
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def reading(folder: Path) -> str:
         own = score_of(ours, task)
         assert own is not None
         better = [
-            f"`{result.label}` {other.mean:.3f}"
+            f"{label_of(result)} {other.mean:.3f}"
             for result in results
             if result is not ours and (other := score_of(result, task)) and other.mean > own.mean
         ]

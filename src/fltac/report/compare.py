@@ -45,7 +45,7 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 def comparison_table(results: Sequence[Result]) -> str:
     """A Markdown table with a row for the majority class and one for each result, and a caption below."""
     tasks = tasks_of(results)
-    labels = [_label(result) for result in results]
+    labels = [label_of(result) for result in results]
     scores = [[*(score_of(result, task) for task in tasks), _mean_score(result)] for result in results]
     bold = [_bold(results, [row[column] for row in scores]) for column in range(len(tasks) + 1)]
     rows = [["method", *(_heading(results, task) for task in tasks), "mean", *HEADINGS]]
@@ -154,7 +154,8 @@ def majority_of(results: Sequence[Result]) -> dict[str, float]:
     return {task: mean(scores) for task, scores in found.items()}
 
 
-def _label(result: Result) -> str:
+def label_of(result: Result) -> str:
+    """The row's name, with what has to be known beside its scores."""
     notes = ["told the tasks"] if result.method in TOLD_TASKS else []
     if any(not run.finished for run in result.runs):
         notes.append("unfinished")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fltac.report.compare import majority_of, score_of, tasks_of
+from fltac.report.compare import label_of, majority_of, score_of, tasks_of
 from fltac.report.partition_plot import check_plot_file, save
 from fltac.report.results import Result
 
@@ -35,7 +35,7 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
         heights = [spread.mean if spread else 0.0 for spread in spreads]
         errors = [spread.deviation or 0.0 if spread else 0.0 for spread in spreads]
         colour = COLOURS[index % len(COLOURS)]
-        axes.bar(places, heights, width * 0.92, yerr=errors, label=result.label, color=colour, ecolor="#333333")
+        axes.bar(places, heights, width * 0.92, yerr=errors, label=label_of(result), color=colour, ecolor="#333333")
         lowest = min([lowest, *(height for height in heights if height)])
     for column, task in enumerate(tasks):
         if task in majority:
@@ -47,5 +47,5 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
     axes.set_ylim(max(0.0, lowest - 0.1), 1.0)
     axes.set_ylabel("score")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)

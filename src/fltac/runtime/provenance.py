@@ -43,7 +43,9 @@ def code_state() -> dict[str, str | bool] | None:
 
 
 def git_state(folder: Path | None = None) -> dict[str, str | bool] | None:
-    """The commit that a folder (default: this package's own) is checked out from, and whether it was changed.
+    """The commit that a folder (default: this package's own) is checked out from, and whether the folder was changed.
+
+    Changes elsewhere in the checkout do not count: results of an earlier run are being replaced there.
 
     Returns:
         ``{"commit": <40 hex digits>, "dirty": bool}``; None where git is missing, nothing is committed yet,
@@ -55,7 +57,7 @@ def git_state(folder: Path | None = None) -> dict[str, str | bool] | None:
         return None
     return {
         "commit": commit.strip(),
-        "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no", ".")),
     }
 
 

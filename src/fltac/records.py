@@ -44,11 +44,6 @@ def head_keys(adapter: Adapter) -> list[str]:
     return sorted(name[len(HEAD) : -len(".weight")] for name in adapter if is_head(name) and name.endswith(".weight"))
 
 
-def count_parameters(adapter: Adapter) -> int:
-    """The number of float values in an adapter."""
-    return sum(tensor.size for tensor in adapter.values())
-
-
 @dataclass(frozen=True)
 class Request:
     """What the server sends one client of the cohort.

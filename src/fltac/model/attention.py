@@ -1,7 +1,6 @@
 """Attention in float32 for a backbone in bfloat16 on a CPU, where the fused kernel is slow in bfloat16.
 
-Measured with MiniLM on a CPU with AVX512-BF16: the backward pass of bfloat16 attention alone took 41 % of a training
-step. Everything else of the backbone stays in bfloat16; the result is rounded to it.
+Everything else of the backbone stays in bfloat16; the result is rounded to it.
 """
 
 from typing import Any

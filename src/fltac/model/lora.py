@@ -5,7 +5,8 @@ product once for all rows; the low-rank products of all lanes are two batched ma
 arXiv 2106.09685: ``y = W x + scaling * B A x``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -112,8 +113,18 @@ def attach(
     return layers
 
 
-def detach(model: nn.Module, layers: Mapping[str, LaneLinear]) -> None:
-    """Puts the wrapped layers' bases back in their places."""
-    for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base)
+@contextmanager
+def detached(model: nn.Module, layers: Mapping[str, LaneLinear]) -> Iterator[None]:
+    """Inside, the wrapped layers' bases are in their places; afterwards the wrapped layers are again."""
+    try:
+        for path, layer in layers.items():
+            _put(model, path, layer.base)
+        yield
+    finally:
+        for path, layer in layers.items():
+            _put(model, path, layer)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

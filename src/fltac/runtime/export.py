@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from fltac.errors import InputError
-from fltac.model.lora import detach
+from fltac.model.lora import detached
 from fltac.model.peft_format import CardFacts, export_adapter
 from fltac.records import HEAD, Adapter, Cluster, ServerState, head_keys
 from fltac.runtime.setup import Experiment
@@ -44,28 +44,24 @@ def export_clusters(experiment: Experiment, state: ServerState, out: Path) -> li
     tasks = folders_of_tasks(experiment, state)
     max_length = max((task.max_length for task in experiment.tasks.values() if task.max_length), default=None)
     folders = []
-    detach(experiment.backbone.model, model.layers)
     try:
-        for (number, key), name in adapter_folders(state).items():
-            held = {task: counts[name] for task, counts in tasks.items() if name in counts}
-            card = CardFacts(
-                method=config.method,
-                rounds=state.round_number,
-                members=len(clusters[number].members),
-                cluster=number,
-                max_length=max_length,
-                tasks={task: (count, experiment.tasks[task].label_names) for task, count in held.items()},
-            )
-            adapter = _with_one_head(clusters[number].adapter, key)
-            backbone, targets = experiment.backbone, list(experiment.modules)
-            export_adapter(out / name, adapter, key, backbone, config.lora, targets, card)
-            folders.append(out / name)
+        with detached(experiment.backbone.model, model.layers):
+            for (number, key), name in adapter_folders(state).items():
+                held = {task: counts[name] for task, counts in tasks.items() if name in counts}
+                card = CardFacts(
+                    method=config.method,
+                    rounds=state.round_number,
+                    members=len(clusters[number].members),
+                    cluster=number,
+                    max_length=max_length,
+                    tasks={task: (count, experiment.tasks[task].label_names) for task, count in held.items()},
+                )
+                adapter = _with_one_head(clusters[number].adapter, key)
+                backbone, targets = experiment.backbone, list(experiment.modules)
+                export_adapter(out / name, adapter, key, backbone, config.lora, targets, card)
+                folders.append(out / name)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        for path, layer in model.layers.items():
-            parent, _, name = path.rpartition(".")
-            setattr(experiment.backbone.model.get_submodule(parent), name, layer)
     return folders
 
 

@@ -26,7 +26,7 @@ from fltac.records import SlotKey
 from fltac.server.round import draw_cohort
 
 TOKENS_PER_PASS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
-"""What ``training.lanes: auto`` fills a pass up to. On a CPU larger passes cost padding and gained nothing."""
+"""What ``training.lanes: auto`` fills a pass up to; a larger pass is padded more."""
 
 NO_LIMIT = 2**62
 

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # One process: the caches of all methods are shared, and nothing of an earlier demo is in the way.
 DEMO_METHODS := fltac fedit fedit-heads oracle
 
-.PHONY: demo test lint types install clean
+.PHONY: demo test lint types bench bench-report install clean
 
 install: $(STAMP)
 
@@ -30,6 +30,13 @@ types: $(STAMP)
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Minutes to hours, on a quiet machine; needs FLTAC_DATA. One alone: python benchmarks/bench/<name>.py
+bench: $(STAMP)
+	for name in start server step round clients; do $(BIN)/python benchmarks/bench/$$name.py || exit 1; done
+
+bench-report: $(STAMP)
+	$(BIN)/python benchmarks/bench/report.py
 
 clean:
 	rm -rf $(VENV)

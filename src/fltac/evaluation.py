@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from fltac.client.training import stack_batches
 from fltac.config import Config
 from fltac.data.encoded import EncodedTask
 from fltac.data.metrics import predictions_from_logits, score
@@ -73,7 +72,7 @@ def predict_logits(
     out = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        features = model.features(stack_batches([task.validation.batch(part)], model))
+        features = model.features(model.stack([task.validation.batch(part)]))
         out.append(model.logits(features, 0, head_key).double().cpu().numpy())
     return np.concatenate(out)
 

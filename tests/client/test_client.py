@@ -84,7 +84,10 @@ def test_every_slot_has_a_job_of_its_own_that_depends_on_the_round() -> None:
     assert [job.slot for job in one] == [0, 1]
     assert one[0].dropout_seed != one[1].dropout_seed != two[1].dropout_seed
     assert [list(step.rows) for step in one[0].steps] != [list(step.rows) for step in two[0].steps]
-    assert one[0].lengths.tolist() == [int(Rows.lengths[step.rows].max()) for step in one[0].steps]
+    assert one[0].packed_sizes.tolist() == [int(Rows.lengths[step.rows].sum()) for step in one[0].steps]
+    assert one[0].padded_sizes.tolist() == [
+        len(step.rows) * int(Rows.lengths[step.rows].max()) for step in one[0].steps
+    ]
 
 
 @pytest.mark.parametrize(("training", "rows", "expected"), [({}, 99, 3), ({"steps": None, "epochs": 1.5}, 10, 4)])

@@ -6,29 +6,30 @@ from hypothesis import strategies as st
 
 from fltac.client.schedule import LanePlan, plan_passes
 
-lengths = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=1, max_size=6)
-plans = st.builds(LanePlan, st.integers(1, 5), st.integers(1, 400))
+sizes = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=6), min_size=1, max_size=6)
+plans = st.builds(LanePlan, st.integers(1, 5), st.integers(1, 400), st.booleans())
 
 
 def arrays(own: list[list[int]]) -> list[np.ndarray]:
     return [np.array(one) for one in own]
 
 
-@given(lengths, plans)
+@given(sizes, plans)
 def test_everybody_makes_all_steps_within_the_limits(own: list[list[int]], plan: LanePlan) -> None:
     done = [0] * len(own)
-    for numbers in plan_passes(arrays(own), 4, plan):
+    for numbers in plan_passes(arrays(own), plan):
         assert len(set(numbers)) == len(numbers) <= plan.lanes
-        longest = max(own[number][done[number]] for number in numbers)
-        assert len(numbers) == 1 or longest * 4 * len(numbers) <= plan.tokens
+        upcoming = [own[number][done[number]] for number in numbers]
+        tokens = sum(upcoming) if plan.packed else max(upcoming) * len(upcoming)
+        assert len(numbers) == 1 or tokens <= plan.tokens
         for number in numbers:
             done[number] += 1
     assert done == [len(one) for one in own]
 
 
-def test_batches_of_like_length_go_together() -> None:
+def test_padded_batches_of_like_length_go_together() -> None:
     own = [[10, 50], [11, 51], [50, 10], [51, 11]]
-    passes = plan_passes(arrays(own), 1, LanePlan(2, 1000))
+    passes = plan_passes(arrays(own), LanePlan(2, 1000))
     assert len(passes) == 4
     done = [0] * 4
     for one, other in passes:
@@ -37,15 +38,22 @@ def test_batches_of_like_length_go_together() -> None:
         done[other] += 1
 
 
+def test_packed_batches_fill_a_pass_whatever_their_length() -> None:
+    passes = plan_passes(arrays([[70, 70], [20, 20], [30, 30], [10, 10]]), LanePlan(64, 100, packed=True))
+    # 70 + 20 + 10 fit; 30 goes first in the second pass, with 70; the rest together.
+    assert passes == [[0, 1, 3], [0, 2], [1, 2, 3]]
+
+
 def test_all_come_to_their_end_together() -> None:
     """Twenty steps and two: the short one is not done long before the end."""
-    passes = plan_passes(arrays([[5] * 20, [5] * 2]), 1, LanePlan(1, 100))
-    turns = [index for index, numbers in enumerate(passes) if numbers == [1]]
-    assert turns[-1] > 10
+    for packed in (False, True):
+        passes = plan_passes(arrays([[5] * 20, [5] * 2]), LanePlan(1, 100, packed))
+        turns = [index for index, numbers in enumerate(passes) if numbers == [1]]
+        assert turns[-1] > 10
 
 
 def test_short_batches_fill_a_pass_with_more_adapters() -> None:
-    short = plan_passes(arrays([[10]] * 12), 8, LanePlan(64, 800))
-    long = plan_passes(arrays([[100]] * 12), 8, LanePlan(64, 800))
+    short = plan_passes(arrays([[80]] * 12), LanePlan(64, 800))
+    long = plan_passes(arrays([[800]] * 12), LanePlan(64, 800))
     assert [len(numbers) for numbers in short] == [10, 2]
     assert [len(numbers) for numbers in long] == [1] * 12

@@ -14,8 +14,10 @@ from transformers import AutoModel
 from fltac.client.schedule import LanePlan
 from fltac.client.training import Step, TrainJob, pools, train, train_pool
 from fltac.config import BackboneConfig, TrainingConfig
+from fltac.model.attention import use_own_attention
 from fltac.model.backbone import load_backbone
 from fltac.model.lanes import LaneModel
+from fltac.model.packed_pass import first_position
 
 STEPS, ROWS = 20, 4
 SCALING = 4.0
@@ -66,11 +68,17 @@ def make_job(model: LaneModel, client: str, seed: int, steps: int = STEPS, **tas
     return TrainJob(client, 0, start, batches, 30, dropout_seed=seed)
 
 
-def make_model(folder: Path, dtype: torch.dtype) -> LaneModel:
+def make_model(folder: Path, dtype: torch.dtype, packs: bool = False) -> LaneModel:
     backbone = load_backbone(BackboneConfig(name=str(folder), device="cpu"), "text")
-    backbone.model.to(dtype)
     modules = {name: (16, 16) for name, _ in backbone.model.named_modules() if name.endswith((".query", ".value"))}
-    return LaneModel(backbone, modules, rank=2, scaling=SCALING, dtype=dtype)
+    if packs:
+        assert use_own_attention(backbone.model)
+    first = first_position(backbone, make_task(0).train.batch(np.arange(5))) if packs else None
+    assert first == (0 if packs else None)
+    backbone.model.to(dtype)
+    model = LaneModel(backbone, modules, rank=2, scaling=SCALING, dtype=dtype)
+    model.first_position = first
+    return model
 
 
 def peft_training(folder: Path, job: TrainJob, config: TrainingConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -134,6 +142,7 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 ALONE, TOGETHER = LanePlan(1, 2**62), LanePlan(3, 2**62)
 MIXED = LanePlan(2, 2**62)
 """With three jobs, the two in a pass change from pass to pass."""
+PACKED, PACKED_MIXED = LanePlan(3, 2**62, packed=True), LanePlan(2, 2**62, packed=True)
 
 SETTINGS = {
     "adamw": TrainingConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1),
@@ -158,12 +167,12 @@ def test_one_lane_equals_peft(tiny_bert: Path, setting: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("plan", [TOGETHER, MIXED])
+@pytest.mark.parametrize("plan", [TOGETHER, MIXED, PACKED, PACKED_MIXED])
 def test_lanes_equal_separate_runs(
     tiny_bert: Path, plan: LanePlan, dtype: torch.dtype, tolerance: float, dropout: float
 ) -> None:
-    """Lanes of other lengths, other heads and fewer steps beside it change nothing for a lane."""
-    model = make_model(tiny_bert, dtype)
+    """Lanes of other lengths, other heads and fewer steps beside it change nothing for a lane, nor does packing."""
+    model = make_model(tiny_bert, dtype, plan.packed)
     config = TrainingConfig(lr=1e-2, clip_norm=0.05, schedule="cosine", warmup_steps=3)
     jobs = [
         make_job(model, "a", seed=1),
@@ -172,6 +181,7 @@ def test_lanes_equal_separate_runs(
     ]
     train_pool(model, jobs, config, dropout, plan)
     together = [trained_values(model, lane) for lane in range(3)]
+    model.first_position = None  # the reference: one lane, padded
     for lane, job in enumerate(jobs):
         train_pool(model, [job], config, dropout, ALONE)
         assert largest_difference(together[lane], trained_values(model, 0)) < tolerance
@@ -199,9 +209,36 @@ def test_results_come_in_the_order_of_the_jobs_whatever_the_lanes(tiny_bert: Pat
 def test_pools_do_not_depend_on_the_order(tiny_bert: Path) -> None:
     model = make_model(tiny_bert, torch.float32)
     jobs = [make_job(model, name, seed) for seed, name in enumerate("abcde")]
-    found = [[job.client for job in pool] for pool in pools(jobs, 2)]
-    assert found == [[job.client for job in pool] for pool in pools(jobs[::-1], 2)]
-    assert sorted(len(pool) for pool in found) == [1, 2, 2]
+    for packed in (False, True):
+        found = [[job.client for job in pool] for pool in pools(jobs, 2, packed)]
+        assert found == [[job.client for job in pool] for pool in pools(jobs[::-1], 2, packed)]
+        assert sorted(len(pool) for pool in found) == [1, 2, 2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_lane_that_diverges_leaves_the_others_alone(tiny_bert: Path, packed: bool) -> None:
+    model = make_model(tiny_bert, torch.float32, packed)
+    jobs = [make_job(model, name, seed) for seed, name in enumerate("ab")]
+    broken = {name: np.full_like(tensor, np.nan) for name, tensor in jobs[0].start.items()}
+    sick = TrainJob("a", 0, broken, jobs[0].steps, 30, 0)
+    plan = LanePlan(2, 2**62, packed)
+    healthy = train(model, jobs, SETTINGS["adamw"], 0.0, plan)[1]
+    beside = train(model, [sick, jobs[1]], SETTINGS["adamw"], 0.0, plan)[1]
+    for name, tensor in healthy.adapter.items():
+        np.testing.assert_array_equal(beside.adapter[name], tensor)
+
+
+def test_packed_batches_may_have_different_numbers_of_rows(tiny_bert: Path) -> None:
+    model = make_model(tiny_bert, torch.float64, packs=True)
+    jobs = [make_job(model, name, seed) for seed, name in enumerate("ab")]
+    fewer = [Step(step.task, step.head_key, step.rows[:2]) for step in jobs[0].steps]
+    jobs[0] = TrainJob("a", 0, jobs[0].start, fewer, 30, 0)
+    train_pool(model, jobs, SETTINGS["adamw"], 0.0, PACKED)
+    together = [trained_values(model, lane) for lane in range(2)]
+    model.first_position = None
+    for lane, job in enumerate(jobs):
+        train_pool(model, [job], SETTINGS["adamw"], 0.0, ALONE)
+        assert largest_difference(together[lane], trained_values(model, 0)) < 1e-9
 
 
 def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path) -> None:

@@ -35,6 +35,11 @@ class Step:
         """Tokens of the longest row."""
         return int(self.task.train.lengths[self.rows].max())
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return int(self.task.train.lengths[self.rows].sum())
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -53,14 +58,14 @@ class TrainJob:
         return len(self.steps[0].rows)
 
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each batch's longest row: ``[steps]``."""
-        return np.array([step.length for step in self.steps], dtype=np.int64)
+    def padded_sizes(self) -> NDArray[np.int64]:
+        """Tokens of each batch when it is padded to its longest row: ``[steps]``."""
+        return np.array([step.length * len(step.rows) for step in self.steps], dtype=np.int64)
 
-    @property
-    def tokens(self) -> float:
-        """Mean length of the batches in tokens."""
-        return float(self.lengths.mean())
+    @cached_property
+    def packed_sizes(self) -> NDArray[np.int64]:
+        """Tokens of each batch's rows: ``[steps]``."""
+        return np.array([step.tokens for step in self.steps], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -103,21 +108,27 @@ def train(
     """
     results: dict[tuple[str, int], Trained] = {}
     # One adapter at a time needs no others in memory; with full fine-tuning each is as large as the backbone.
-    for pool in pools(jobs, 1 if plan.lanes == 1 else POOL):
+    for pool in pools(jobs, 1 if plan.lanes == 1 else POOL, plan.packed):
         for trained in train_pool(model, pool, config, dropout, plan, on_pass):
             results[trained.job.client, trained.job.slot] = trained
     return [results[job.client, job.slot] for job in jobs]
 
 
-def pools(jobs: Sequence[TrainJob], size: int) -> list[list[TrainJob]]:
-    """Groups jobs that are in memory together, at most ``size``: equal batch sizes, near in steps and length.
+def pools(jobs: Sequence[TrainJob], size: int, packed: bool) -> list[list[TrainJob]]:
+    """Groups jobs that are in memory together, at most ``size``: near in steps; a fixed function of the jobs.
 
-    A fixed function of the jobs, whatever their order.
+    Where rows are padded, also of equal batch sizes and near in length.
     """
-    ordered = sorted(jobs, key=lambda job: (job.rows, len(job.steps), job.tokens, job.client, job.slot))
+
+    def order(job: TrainJob) -> tuple[int | float | str, ...]:
+        if packed:
+            return (len(job.steps), job.client, job.slot)
+        return (job.rows, len(job.steps), float(job.padded_sizes.mean()), job.client, job.slot)
+
     out: list[list[TrainJob]] = []
-    for job in ordered:
-        if not out or len(out[-1]) == size or out[-1][0].rows != job.rows:
+    for job in sorted(jobs, key=order):
+        apart = not packed and bool(out) and out[-1][0].rows != job.rows
+        if not out or len(out[-1]) == size or apart:
             out.append([])
         out[-1].append(job)
     return out
@@ -131,8 +142,8 @@ def train_pool(
     plan: LanePlan,
     on_pass: OnPass = no_report,
 ) -> list[Trained]:
-    """Trains jobs of one batch size through common passes; returns results in the order of ``pool``."""
-    passes = plan_passes([job.lengths for job in pool], pool[0].rows, plan)
+    """Trains jobs (of one batch size, where rows are padded) through common passes; returns results in their order."""
+    passes = plan_passes([job.packed_sizes if plan.packed else job.padded_sizes for job in pool], plan)
     model.load([job.start for job in pool], max(map(len, passes)))
     optimizer = LaneOptimizer(config, model.rows(), [len(job.steps) for job in pool])
     generators = [torch.Generator().manual_seed(job.dropout_seed) for job in pool]
@@ -158,13 +169,13 @@ def train_pool(
 def lane_losses(model: LaneModel, steps: Sequence[Step]) -> Tensor:
     """Each lane's mean loss on its batch: ``[lanes]``."""
     lengths = [step.length for step in steps]
-    batch = stack_batches([step.task.train.batch(step.rows, max(lengths)) for step in steps], model)
+    longest = None if model.packs else max(lengths)
+    batch = model.stack([step.task.train.batch(step.rows, longest) for step in steps])
     model.lanes.lengths = lengths if steps[0].task.kind == "text" else ()
-    features = model.features(batch, len(steps))
-    rows = len(steps[0].rows)
+    features = torch.split(model.features(batch, len(steps)), [len(step.rows) for step in steps])
     losses = []
     for lane, step in enumerate(steps):
-        logits = model.logits(features[lane * rows : (lane + 1) * rows], lane, step.head_key)
+        logits = model.logits(features[lane], lane, step.head_key)
         labels = torch.from_numpy(np.asarray(step.task.train.labels[step.rows])).to(logits.device)
         losses.append(loss_of(logits, labels))
     return torch.stack(losses)
@@ -175,11 +186,3 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
-
-
-def stack_batches(batches: Sequence[dict[str, NDArray[np.generic]]], model: LaneModel) -> dict[str, Tensor]:
-    """Puts the lanes' batches one after the other on the model's device."""
-    device = model.backbone.device
-    return {
-        name: torch.from_numpy(np.concatenate([batch[name] for batch in batches])).to(device) for name in batches[0]
-    }

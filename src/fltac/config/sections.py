@@ -136,9 +136,13 @@ class TrainingConfig(Section):
     prox: Annotated[float, Field(ge=0)] = 0.0
     """mu of the FedProx term mu/2 |w - w_received|^2 (arXiv 1812.06127)."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Of the frozen backbone; adapters, heads and optimizer stay in float32 (float64 with ``float64``)."""
+    """Of the frozen backbone; adapters, heads and optimizer stay in float32 (float64 with ``float64``). ``auto``:
+    bfloat16 on a processor that multiplies it, else float32. Stored with the run."""
     lanes: Positive | Literal["auto"] = "auto"
     """How many adapters train side by side through one pass of the backbone."""
+    packing: Literal["auto"] | bool = "auto"
+    """Put the rows of a pass one after the other instead of padding them; ``auto``: texts on a CPU, where the
+    backbone's attention allows it. Stored with the run, since it changes rounding."""
     threads: Positive | None = None
     """CPU threads; default: as many as there are cores. Stored with the run, since it changes rounding."""
 

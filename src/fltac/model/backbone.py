@@ -202,16 +202,17 @@ def pooled(backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
         inputs["pixel_values"] = inputs["pixel_values"].to(backbone.model.dtype)
     out = backbone.model(**inputs)
     if backbone.pooling == "pooler":
-        return _at_least_float32(out.pooler_output)
+        return at_least_float32(out.pooler_output)
     states = out.last_hidden_state
     if backbone.pooling == "cls":
-        return _at_least_float32(states[:, 0])
-    states = _at_least_float32(states)
+        return at_least_float32(states[:, 0])
+    states = at_least_float32(states)
     if "attention_mask" not in batch:
         return states.mean(dim=1)
     mask = batch["attention_mask"].to(states.dtype).unsqueeze(-1)
     return (states * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """In float32, or float64 if it is that."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -7,17 +7,23 @@ The layers look into a second, smaller matrix with a row for each lane of the pa
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fltac.model.backbone import Backbone, pooled
 from fltac.model.lora import LanePass, attach
+from fltac.model.packed_pass import pooled_packed
+from fltac.model.packing import PackedBatch, pack
 from fltac.records import HEAD, LORA_A, LORA_B, Adapter
 
 Shape = tuple[int, ...]
+Batch = Mapping[str, Tensor] | PackedBatch
+"""Rows on the model's device: padded, or packed."""
 DELTA = ".delta"
 """Suffix of a tensor that holds the change of one of the backbone's own parameters (full fine-tuning)."""
 
@@ -53,7 +59,10 @@ class LaneModel:
         values: ``[lanes, width]``, the adapters in the pass, one a row: the body, then the adapter's heads.
         gradients: The same shape; filled by ``backward``.
         in_pass: Number of the adapter in each of the first lanes.
+        first_position: Position id of a row's first token, if rows are packed; None if they are padded.
     """
+
+    first_position: int | None = None
 
     def __init__(
         self,
@@ -152,17 +161,39 @@ class LaneModel:
             out[name] = value.detach().to("cpu", torch.float32, copy=True).numpy()
         return out
 
-    def features(self, batch: Mapping[str, Tensor], active: int = 1) -> Tensor:
+    @property
+    def packs(self) -> bool:
+        """Whether ``stack`` packs rows."""
+        return self.first_position is not None
+
+    def stack(self, batches: Sequence[Mapping[str, NDArray[Any]]]) -> Batch:
+        """Puts the lanes' batches one after the other on the model's device.
+
+        Args:
+            batches: For each lane its rows, padded: to its own longest, or to the longest of all lanes where
+                ``first_position`` is None.
+        """
+        if self.packs:
+            return pack(batches, self.backbone.device)
+        names, device = batches[0], self.backbone.device
+        return {name: torch.from_numpy(np.concatenate([own[name] for own in batches])).to(device) for name in names}
+
+    def features(self, batch: Batch, active: int = 1) -> Tensor:
         """Pools the adapted backbone's output.
 
         Args:
-            batch: As ``backbone.pooled`` takes it, the rows ordered by lane, equally many for each.
+            batch: From ``stack``; padded rows are ordered by lane, equally many for each.
             active: Number of lanes in the batch, the first so many of the pass; 0 for the bare backbone.
 
         Returns:
             ``[rows, hidden]``.
         """
         self.lanes.active = active
+        if isinstance(batch, PackedBatch):
+            assert self.first_position is not None, "packed rows for a backbone that is not known to take them"
+            self.lanes.packed = batch.rows
+            return pooled_packed(self.backbone, batch, self.first_position)
+        self.lanes.packed = None
         return pooled(self.backbone, batch)
 
     def logits(self, features: Tensor, lane: int, head_key: str) -> Tensor:
@@ -171,23 +202,24 @@ class LaneModel:
         weight, bias = head[f"{HEAD}{head_key}.weight"], head[f"{HEAD}{head_key}.bias"]
         return F.linear(features.to(weight.dtype), weight, bias)
 
-    def keeps_lanes_apart(self, batch: Mapping[str, Tensor]) -> bool:
+    def keeps_lanes_apart(self, batches: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
         """Whether rows of different lanes in one pass give what they give alone, as on nearly all architectures.
 
         Not so where an attention layer gets its rows in another order than the model (Longformer).
 
         Args:
-            batch: Two rows.
+            batches: One for each of two lanes, as for ``stack``.
         """
         draw = np.random.default_rng(0)
         shapes = self.body_shapes.items()
         self.load([{name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes} for _ in range(2)])
         with torch.no_grad():
-            together = self.features(batch, 2)
+            together = self.features(self.stack(batches), 2)
             alone = []
             for lane in range(2):
                 self.activate([lane])
-                alone.append(self.features({name: value[lane : lane + 1] for name, value in batch.items()}, 1))
+                alone.append(self.features(self.stack([batches[lane]]), 1))
+        self.lanes.active = 0
         apart = torch.cat(alone)
         return bool((together - apart).abs().max() <= 0.1 * apart.abs().max())
 

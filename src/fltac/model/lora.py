@@ -1,17 +1,23 @@
 """Several LoRA adapters side by side in one pass of a frozen backbone.
 
-A batch is G groups of equally many rows, group g belonging to lane g. A frozen linear layer computes the base
-product once for all rows; the low-rank products of all lanes are two batched matrix products. LoRA is that of
-arXiv 2106.09685: ``y = W x + scaling * B A x``.
+A batch is G groups of rows, group g belonging to lane g. A frozen linear layer computes the base product once for all
+rows. With padded rows, equally many for each lane, the low-rank products of all lanes are two batched matrix
+products; with packed rows (``model.packing``) each lane has its own tokens. LoRA is that of arXiv 2106.09685:
+``y = W x + scaling * B A x``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from fltac.model.packing import PackedRows
 
 
 @dataclass
@@ -25,12 +31,14 @@ class LanePass:
             inputs are not sequences. A lane's dropout mask has this length, so that it does not depend on what
             other lanes are in the batch.
         generators: For each active lane, the source of its dropout masks.
+        packed: Where the rows lie if they are packed; None if they are padded.
     """
 
     active: int = 0
     dropout: float = 0.0
     lengths: Sequence[int] = ()
     generators: Sequence[torch.Generator] = field(default_factory=list)
+    packed: PackedRows | None = None
 
 
 class LaneLinear(nn.Module):
@@ -53,7 +61,7 @@ class LaneLinear(nn.Module):
         """Adds each lane's low-rank product to the base product.
 
         Args:
-            x: ``[rows, ..., in]``, rows ordered by lane, equally many for each.
+            x: ``[rows, ..., in]``, rows ordered by lane, equally many for each; or ``[1, tokens, in]`` if packed.
 
         Returns:
             ``[rows, ..., out]`` in the dtype of ``x``.
@@ -62,6 +70,13 @@ class LaneLinear(nn.Module):
         active = self.lanes.active
         if not active:
             return out
+        if self.lanes.packed is not None:
+            h = x.reshape(-1, self.in_features)
+            if self.lanes.dropout:
+                h = self._dropped_packed(h, self.lanes.packed)
+            base, sizes = out.reshape(len(h), -1), self.lanes.packed.lane_tokens
+            added: Tensor = _LaneProducts.apply(base, h, self.lora_A, self.lora_B, sizes, self.scaling)  # type: ignore[no-untyped-call]
+            return added.view(out.shape)
         h = x.reshape(active, -1, self.in_features)
         if self.lanes.dropout:
             h = self._dropped(x, active).reshape(active, -1, self.in_features)
@@ -86,6 +101,57 @@ class LaneLinear(nn.Module):
             draw = torch.rand(part.shape, generator=source, dtype=torch.float32)
             part.copy_((draw < keep) / keep)
         return x * mask
+
+    def _dropped_packed(self, x: Tensor, rows: PackedRows) -> Tensor:
+        """As ``_dropped``, with the masks that the same rows have when they are padded to their lane's longest."""
+        keep = 1.0 - self.lanes.dropout
+        parts = []
+        for lengths, source in zip(rows.lane_lengths, self.lanes.generators, strict=False):
+            longest = int(lengths.max())
+            draw = torch.rand((len(lengths), longest, x.shape[1]), generator=source, dtype=torch.float32)
+            real = torch.from_numpy(np.arange(longest)[None, :] < lengths[:, None])
+            parts.append((draw[real] < keep) / keep)
+        return x * torch.cat(parts).to(x)
+
+
+class _LaneProducts(torch.autograd.Function):
+    """``base + scaling * B_g A_g x`` for the tokens of each lane g; nothing of one lane enters another's numbers.
+
+    Each lane's own products, since numbers that are not finite would spread through a common one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, base: Tensor, x: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], scaling: float
+    ) -> Tensor:
+        lanes = len(sizes)
+        low_a, low_b = a[:lanes].to(x.dtype), b[:lanes].to(x.dtype)
+        out, lows, start = torch.empty_like(base), [], 0
+        for lane, size in enumerate(sizes):
+            part = slice(start, start + size)
+            low = x[part] @ low_a[lane].t()
+            torch.addmm(base[part], low, low_b[lane].t(), alpha=scaling, out=out[part])
+            lows.append(low)
+            start += size
+        ctx.save_for_backward(x, low_a, low_b, *lows)
+        ctx.sizes, ctx.scaling, ctx.shapes = sizes, scaling, (a, b)  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low_a, low_b, *lows = ctx.saved_tensors
+        of_a, of_b = (torch.zeros_like(like) for like in ctx.shapes)
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        start = 0
+        for lane, size in enumerate(ctx.sizes):
+            part = slice(start, start + size)
+            of_low = (grad[part] @ low_b[lane]) * ctx.scaling
+            of_a[lane] = of_low.t() @ x[part]
+            of_b[lane] = (grad[part].t() @ lows[lane]) * ctx.scaling
+            if of_x is not None:
+                torch.mm(of_low, low_a[lane], out=of_x[part])
+            start += size
+        return grad if ctx.needs_input_grad[0] else None, of_x, of_a, of_b, None, None
 
 
 def attach(

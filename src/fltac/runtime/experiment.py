@@ -1,7 +1,7 @@
 """A run from its configuration to its directory: ``run``, ``resume``, ``evaluate``, ``export``, ``partition_of``."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
     config, model = experiment.config, experiment.model
     torch.set_num_threads(config.training.threads or available_cores())
     plan = directory.lanes() or {}
-    passes = LanePlan(**plan)
+    passes = LanePlan(**plan, packed=model.packs)
     total = sum(len(client.slots) for client in experiment.clients.values())
     meter = Meter(experiment, progress)
 
@@ -206,7 +206,8 @@ def _refuse_changed(opened: RunDirectory, experiment: Experiment) -> None:
 
 def _lane_plan(experiment: Experiment) -> dict[str, int]:
     """What is fixed for the whole run since it changes rounding."""
-    return asdict(choose_plan(experiment.config.training, experiment.backbone))
+    plan = choose_plan(experiment.config.training, experiment.model)
+    return {"lanes": plan.lanes, "tokens": plan.tokens}
 
 
 def _gpu() -> str | None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,15 +12,15 @@ import torch
 from fltac.builtin import builtin_folder
 from fltac.client.client import Client, LocalTask, local_steps
 from fltac.client.schedule import POOL, LanePlan
-from fltac.client.training import stack_batches
 from fltac.config import Config, TrainingConfig, to_yaml
 from fltac.data.encoded import EncodedTask, load_tasks
 from fltac.data.partition import Partition, make_partition
 from fltac.errors import InputError
 from fltac.evaluation import Holding
-from fltac.model.attention import use_float32_attention
+from fltac.model.attention import use_own_attention
 from fltac.model.backbone import Backbone, load_backbone
 from fltac.model.lanes import LaneModel
+from fltac.model.packed_pass import first_position
 from fltac.model.targets import find_targets, layer_shapes
 from fltac.paths import BUILTIN, resolve
 from fltac.records import SlotKey
@@ -106,12 +107,7 @@ def prepare(config: Config) -> Experiment:
     full = config.training.trainable == "all"
     paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)
     modules = layer_shapes(backbone.model, paths)
-    precision = choose_precision(config.training, backbone.device)
-    backbone.model.to(precision)
-    use_float32_attention(backbone.model)
-    dtype = torch.float64 if precision == torch.float64 else torch.float32
-    model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
-    check_backbone(model, next(iter(tasks.values())), config)
+    model = build_model(config, backbone, modules, next(iter(tasks.values())))
     clients, holdings = build_clients(config, partition, tasks)
     heads = {
         local.head_key: (local.task.outputs, backbone.hidden)
@@ -124,21 +120,40 @@ def prepare(config: Config) -> Experiment:
     )
 
 
-def check_backbone(model: LaneModel, task: EncodedTask, config: Config) -> None:
-    """Runs the backbone on two rows before anything else is done.
+def build_model(
+    config: Config, backbone: Backbone, modules: Mapping[str, tuple[int, int]], task: EncodedTask
+) -> LaneModel:
+    """Puts lanes into the backbone, in the run's precision, after trying it on a few rows of a task.
 
     Raises:
-        InputError: it cannot be run, or rows of different lanes mix in it and ``training.lanes`` is not 1.
+        InputError: it cannot be run; rows of different lanes mix in it and ``training.lanes`` is not 1; or
+            ``training.packing`` asks for packed rows and it cannot take them.
     """
-    rows = np.array([0, min(1, len(task.train) - 1)])
-    name = f"backbone.name: {config.backbone.name!r} ({type(model.backbone.model).__name__})"
+    training = config.training
+    precision = choose_precision(training, backbone.device)
+    dtype = torch.float64 if precision == torch.float64 else torch.float32
+    use_own_attention(backbone.model)
+    order = np.argsort(task.train.lengths, kind="stable")
+    few = np.unique(order[np.linspace(0, len(order) - 1, 4, dtype=np.int64)])
+    name = f"backbone.name: {config.backbone.name!r} ({type(backbone.model).__name__})"
+    model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
+    longest = int(task.train.lengths[few].max())
+    lanes = [task.train.batch(few[[end]], longest) for end in (0, -1)]
     try:
-        apart = not model.layers or model.keeps_lanes_apart(stack_batches([task.train.batch(rows)], model))
+        model.features(model.stack([task.train.batch(few)]), 0)
+        apart = not modules or model.keeps_lanes_apart(lanes)
+        if training.packing is True or (training.packing == "auto" and backbone.device.type == "cpu"):
+            model.first_position = first_position(backbone, task.train.batch(few))
+            apart = apart and (not modules or model.keeps_lanes_apart(lanes))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{name} cannot be run on rows of the task {task.name}: {reason}") from error
-    if not apart and config.training.lanes != 1:
+    if not apart and training.lanes != 1:
         raise InputError(f"{name} mixes the rows of different adapters in a pass; set training.lanes=1")
+    if training.packing is True and not model.packs:
+        raise InputError(f"training.packing: true, but {name} cannot be run on packed rows; allowed are auto, false")
+    backbone.model.to(precision)
+    return model
 
 
 def resolved(experiment: Experiment) -> Experiment:
@@ -151,6 +166,7 @@ def resolved(experiment: Experiment) -> Experiment:
     training = config.training.model_copy(
         update={
             "precision": names[choose_precision(config.training, backbone.device)],
+            "packing": experiment.model.packs,
             "threads": config.training.threads or available_cores(),
         }
     )
@@ -167,20 +183,31 @@ def available_cores() -> int:
 
 
 def choose_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 on a GPU that has it, else float32."""
+    """``auto``: bfloat16 where the device multiplies it faster than float32, else float32."""
     if config.precision != "auto":
         return PRECISIONS[config.precision]
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if cuda else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and multiplies_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
 
 
-def choose_plan(config: TrainingConfig, backbone: Backbone) -> LanePlan:
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16 (AVX512-BF16 or AMX)."""
+    flags = Path("/proc/cpuinfo")
+    found = flags.read_text(encoding="utf-8", errors="replace").split() if flags.is_file() else []
+    return "avx512_bf16" in found or "amx_bf16" in found
+
+
+def choose_plan(config: TrainingConfig, model: LaneModel) -> LanePlan:
     """How large a pass may be; full fine-tuning has the backbone for itself."""
     if config.trainable == "all":
-        return LanePlan(1, NO_LIMIT)
+        return LanePlan(1, NO_LIMIT, model.packs)
     if config.lanes != "auto":
-        return LanePlan(config.lanes, NO_LIMIT)
-    return LanePlan(POOL, max(1, TOKENS_PER_PASS[backbone.device.type] // _tokens_per_length(backbone)))
+        return LanePlan(config.lanes, NO_LIMIT, model.packs)
+    tokens = TOKENS_PER_PASS[model.backbone.device.type] // _tokens_per_length(model.backbone)
+    return LanePlan(POOL, max(1, tokens), model.packs)
 
 
 def _tokens_per_length(backbone: Backbone) -> int:

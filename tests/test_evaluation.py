@@ -126,3 +126,26 @@ def test_clustering_record() -> None:
     record = clustering_record(state(*clusters), report, HOLDINGS)
     assert record == {"k": 2, "ari": 1.0, "accuracy": 1.0, "silhouette": 0.25}
     assert clustering_record(state(*clusters), RoundReport(1, (), 0, (), None, None), HOLDINGS) is None
+
+
+def test_an_adapter_that_has_not_changed_is_not_scored_again(calls: list[tuple[float, str]]) -> None:
+    known: dict[evaluation.ScoreKey, float] = {}
+
+    def scored(second: float, max_rows: int | None = None) -> dict[str, float]:
+        clusters = (
+            Cluster(0, adapter(1.0), (("a", 0), ("a", 1))),
+            Cluster(1, adapter(second), (("b", 0),)),
+        )
+        scores = score_state(None, state(*clusters), HOLDINGS, TASKS, config(), max_rows, known)  # type: ignore[arg-type]
+        return {name: score.score for name, score in scores.items()}
+
+    first = scored(2.0)
+    assert len(calls) == 3
+    assert scored(2.0) == first
+    assert len(calls) == 3
+    scored(3.0)
+    assert calls[3:] == [(3.0, "one")]
+    scored(3.0, max_rows=2)
+    assert len(calls) == 7, "other rows are other scores"
+    scored(2.0, max_rows=2)
+    assert calls[7:] == [(2.0, "one")], "what nobody holds any more is forgotten"

@@ -4,6 +4,7 @@ For every (client, task) it scores the adapter that this client actually receive
 rows, and averages over clients; each (adapter, task) pair is scored once.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
+from fltac.client.training import row_keys
 from fltac.config import Config
 from fltac.data.encoded import EncodedTask
 from fltac.data.metrics import predictions_from_logits, score
@@ -33,6 +35,10 @@ class Holding:
     @property
     def key(self) -> SlotKey:
         return (self.client, self.slot)
+
+
+ScoreKey = tuple[bytes, str, str, int]
+"""(digest of an adapter, head key, task, number of rows)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def evaluation_rows(task: EncodedTask, max_rows: int | None, seed: int) -> NDArr
     return ordered
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_logits(
     model: LaneModel, adapter: Adapter, head_key: str, task: EncodedTask, rows: NDArray[np.int64], batch_size: int
 ) -> NDArray[np.float64]:
@@ -72,7 +78,8 @@ def predict_logits(
     out = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        features = model.features(model.stack([task.validation.batch(part)]))
+        keys = row_keys(task.validation, part) if model.prefix else []
+        features = model.features(model.stack([task.validation.batch(part)]), 1, keys)
         out.append(model.logits(features, 0, head_key).double().cpu().numpy())
     return np.concatenate(out)
 
@@ -84,6 +91,7 @@ def score_state(
     tasks: Mapping[str, EncodedTask],
     config: Config,
     max_rows: int | None,
+    known: dict[ScoreKey, float] | None = None,
 ) -> dict[str, TaskScore]:
     """Scores what every client would hold after a round.
 
@@ -94,12 +102,21 @@ def score_state(
         tasks: By name.
         config: Gives the seed and the batch size.
         max_rows: Validation rows of each task; None for all.
+        known: Scores of the evaluation before, so that an adapter that has not changed is not scored again; replaced
+            by those of this one.
 
     Returns:
         By task name, in the order of ``tasks``; a task that no client holds is left out.
     """
     assignment = state.assignment()
     clusters = {cluster.id: cluster.adapter for cluster in state.clusters}
+    digests: dict[int | None, bytes] = {
+        None: digest(state.initial),
+        **{number: digest(adapter) for number, adapter in clusters.items()},
+    }
+    found: dict[ScoreKey, float] = {} if known is None else known
+    before = dict(found)
+    found.clear()
     out = {}
     for name, task in tasks.items():
         held = [holding for holding in holdings if holding.task == name]
@@ -107,18 +124,29 @@ def score_state(
             continue
         rows = evaluation_rows(task, max_rows, config.federation.seed)
         labels = np.asarray(task.validation.labels[rows])
-        scores: dict[tuple[int | None, str], float] = {}
         by_client = []
         for holding in held:
-            pair = (assignment.get(holding.key), holding.head_key)
-            if pair not in scores:
-                received = state.initial if pair[0] is None else clusters[pair[0]]
+            cluster = assignment.get(holding.key)
+            key = (digests[cluster], holding.head_key, name, len(rows))
+            if key not in found and key in before:
+                found[key] = before[key]
+            if key not in found:
+                received = state.initial if cluster is None else clusters[cluster]
                 adapter = with_head(received, state.initial, holding.head_key)
-                logits = predict_logits(model, adapter, pair[1], task, rows, config.evaluation.batch_size)
-                scores[pair] = score(task.metric, predictions_from_logits(task.metric, logits), labels)
-            by_client.append(scores[pair])
+                logits = predict_logits(model, adapter, holding.head_key, task, rows, config.evaluation.batch_size)
+                found[key] = score(task.metric, predictions_from_logits(task.metric, logits), labels)
+            by_client.append(found[key])
         out[name] = TaskScore(task.metric, float(np.mean(by_client)), min(by_client), len(rows))
     return out
+
+
+def digest(adapter: Adapter) -> bytes:
+    """SHA-256 of an adapter's names and values."""
+    out = hashlib.sha256()
+    for name, tensor in sorted(adapter.items()):
+        out.update(name.encode())
+        out.update(np.ascontiguousarray(tensor).tobytes())
+    return out.digest()
 
 
 def with_head(received: Adapter, initial: Adapter, head_key: str) -> dict[str, NDArray[np.float32]]:

@@ -4,7 +4,7 @@ The loss of a batch is the sum of the lanes' own mean losses, so each lane's gra
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
-from fltac.data.encoded import EncodedTask
+from fltac.data.encoded import EncodedTask, Split
 from fltac.model.lanes import LaneModel
+from fltac.model.prefix import RowKey
 from fltac.records import Adapter
 
 
@@ -106,12 +107,25 @@ def train(
     Returns:
         One result for each job, in the order of ``jobs``.
     """
-    results: dict[tuple[str, int], Trained] = {}
+    results = {
+        (trained.job.client, trained.job.slot): trained
+        for trained in train_each(model, jobs, config, dropout, plan, on_pass)
+    }
+    return [results[job.client, job.slot] for job in jobs]
+
+
+def train_each(
+    model: LaneModel,
+    jobs: Sequence[TrainJob],
+    config: TrainingConfig,
+    dropout: float,
+    plan: LanePlan,
+    on_pass: OnPass = no_report,
+) -> Iterator[Trained]:
+    """As :func:`train`, but yields each result when its pool is done, so that not all need to be in memory."""
     # One adapter at a time needs no others in memory; with full fine-tuning each is as large as the backbone.
     for pool in pools(jobs, 1 if plan.lanes == 1 else POOL, plan.packed):
-        for trained in train_pool(model, pool, config, dropout, plan, on_pass):
-            results[trained.job.client, trained.job.slot] = trained
-    return [results[job.client, job.slot] for job in jobs]
+        yield from train_pool(model, pool, config, dropout, plan, on_pass)
 
 
 def pools(jobs: Sequence[TrainJob], size: int, packed: bool) -> list[list[TrainJob]]:
@@ -172,13 +186,19 @@ def lane_losses(model: LaneModel, steps: Sequence[Step]) -> Tensor:
     longest = None if model.packs else max(lengths)
     batch = model.stack([step.task.train.batch(step.rows, longest) for step in steps])
     model.lanes.lengths = lengths if steps[0].task.kind == "text" else ()
-    features = torch.split(model.features(batch, len(steps)), [len(step.rows) for step in steps])
+    keys = [key for step in steps for key in row_keys(step.task.train, step.rows)] if model.prefix else []
+    features = torch.split(model.features(batch, len(steps), keys), [len(step.rows) for step in steps])
     losses = []
     for lane, step in enumerate(steps):
         logits = model.logits(features[lane], lane, step.head_key)
         labels = torch.from_numpy(np.asarray(step.task.train.labels[step.rows])).to(logits.device)
         losses.append(loss_of(logits, labels))
     return torch.stack(losses)
+
+
+def row_keys(split: Split, rows: NDArray[np.int64]) -> list[RowKey]:
+    """What rows are known by where results of frozen layers are kept."""
+    return [(split.fingerprint, row) for row in rows.tolist()]
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -143,6 +143,9 @@ class TrainingConfig(Section):
     packing: Literal["auto"] | bool = "auto"
     """Put the rows of a pass one after the other instead of padding them; ``auto``: texts on a CPU, where the
     backbone's attention allows it. Stored with the run, since it changes rounding."""
+    prefix_cache: Annotated[int, Field(ge=0)] = 1024
+    """With ``lora.layers``: MiB for what the frozen layers below the first adapted one make of each row; splits of
+    which all rows that a run visits fit are kept, the smallest first."""
     threads: Positive | None = None
     """CPU threads; default: as many as there are cores. Stored with the run, since it changes rounding."""
 

@@ -45,6 +45,11 @@ def attending(rows: PackedRows) -> Iterator[None]:
         _in_flight.pop()
 
 
+def rows_in_flight() -> PackedRows | None:
+    """The rows of the packed batch that a model is run on now; None for padded rows."""
+    return _in_flight[-1] if _in_flight else None
+
+
 def use_own_attention(model: PreTrainedModel) -> bool:
     """Switches a model to :func:`attend`, if it uses the fused attention of torch.
 

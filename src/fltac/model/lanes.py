@@ -5,6 +5,7 @@ The layers look into a second, smaller matrix with a row for each lane of the pa
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fltac.model.backbone import Backbone, pooled
+from fltac.model.first_token import Cut
 from fltac.model.lora import LanePass, attach
 from fltac.model.packed_pass import pooled_packed
 from fltac.model.packing import PackedBatch, pack
+from fltac.model.prefix import Prefix, RowKey
 from fltac.records import HEAD, LORA_A, LORA_B, Adapter
 
 Shape = tuple[int, ...]
@@ -60,9 +63,13 @@ class LaneModel:
         gradients: The same shape; filled by ``backward``.
         in_pass: Number of the adapter in each of the first lanes.
         first_position: Position id of a row's first token, if rows are packed; None if they are padded.
+        prefix: The frozen layers below the first adapted one, if their results are kept.
+        cut: Where the last layer leaves all but first tokens behind, if a head reads nothing else.
     """
 
     first_position: int | None = None
+    prefix: Prefix | None = None
+    cut: Cut | None = None
 
     def __init__(
         self,
@@ -178,50 +185,35 @@ class LaneModel:
         names, device = batches[0], self.backbone.device
         return {name: torch.from_numpy(np.concatenate([own[name] for own in batches])).to(device) for name in names}
 
-    def features(self, batch: Batch, active: int = 1) -> Tensor:
+    def features(self, batch: Batch, active: int = 1, keys: Sequence[RowKey] = ()) -> Tensor:
         """Pools the adapted backbone's output.
 
         Args:
             batch: From ``stack``; padded rows are ordered by lane, equally many for each.
             active: Number of lanes in the batch, the first so many of the pass; 0 for the bare backbone.
+            keys: Which rows of which splits they are, where what is known of them may be used.
 
         Returns:
             ``[rows, hidden]``.
         """
         self.lanes.active = active
-        if isinstance(batch, PackedBatch):
-            assert self.first_position is not None, "packed rows for a backbone that is not known to take them"
-            self.lanes.packed = batch.rows
-            return pooled_packed(self.backbone, batch, self.first_position)
-        self.lanes.packed = None
-        return pooled(self.backbone, batch)
+        with ExitStack() as shortcuts:
+            if self.prefix is not None and self.prefix.admits(keys):
+                shortcuts.enter_context(self.prefix.supplied(batch, keys))
+            if self.cut is not None:
+                shortcuts.enter_context(self.cut.made())
+            if isinstance(batch, PackedBatch):
+                assert self.first_position is not None, "packed rows for a backbone that is not known to take them"
+                self.lanes.packed = batch.rows
+                return pooled_packed(self.backbone, batch, self.first_position)
+            self.lanes.packed = None
+            return pooled(self.backbone, batch)
 
     def logits(self, features: Tensor, lane: int, head_key: str) -> Tensor:
         """Applies one of a lane's heads to pooled features ``[b, hidden]``; returns ``[b, outputs]``."""
         head = self._head_tensors[lane]
         weight, bias = head[f"{HEAD}{head_key}.weight"], head[f"{HEAD}{head_key}.bias"]
         return F.linear(features.to(weight.dtype), weight, bias)
-
-    def keeps_lanes_apart(self, batches: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
-        """Whether rows of different lanes in one pass give what they give alone, as on nearly all architectures.
-
-        Not so where an attention layer gets its rows in another order than the model (Longformer).
-
-        Args:
-            batches: One for each of two lanes, as for ``stack``.
-        """
-        draw = np.random.default_rng(0)
-        shapes = self.body_shapes.items()
-        self.load([{name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes} for _ in range(2)])
-        with torch.no_grad():
-            together = self.features(self.stack(batches), 2)
-            alone = []
-            for lane in range(2):
-                self.activate([lane])
-                alone.append(self.features(self.stack([batches[lane]]), 1))
-        self.lanes.active = 0
-        apart = torch.cat(alone)
-        return bool((together - apart).abs().max() <= 0.1 * apart.abs().max())
 
     def restore(self) -> None:
         """Puts the backbone's own weights back after full fine-tuning, and switches the adapters off."""

@@ -34,9 +34,10 @@ def pooled_packed(backbone: Backbone, batch: PackedBatch, first_position: int) -
 
 
 def pool(states: Tensor, rows: PackedRows, backbone: Backbone) -> Tensor:
-    """What a head reads of ``[tokens, hidden]``: ``[rows, hidden]``."""
+    """What a head reads of ``[tokens, hidden]``: ``[rows, hidden]``. ``[rows, hidden]`` holds first tokens only."""
     if backbone.pooling == "cls":
-        return at_least_float32(states.index_select(0, rows.first_tokens))
+        cut = len(states) == len(rows.lengths)
+        return at_least_float32(states if cut else states.index_select(0, rows.first_tokens))
     states = at_least_float32(states)
     total = states.new_zeros(len(rows.lengths), states.shape[1]).index_add(0, rows.row_of_token, states)
     return total / rows.counts

@@ -11,15 +11,16 @@ from fltac.client.schedule import LanePlan
 from fltac.config import Config
 from fltac.data.partition import Partition
 from fltac.errors import InputError
-from fltac.evaluation import clustering_record
+from fltac.evaluation import ScoreKey, clustering_record
 from fltac.records import RoundReport, ServerState
 from fltac.runtime.checkpoint import latest_checkpoint, save_checkpoint
 from fltac.runtime.export import export_clusters
+from fltac.runtime.lane_setup import available_cores, choose_plan
 from fltac.runtime.loop import Record, as_sent, federate
 from fltac.runtime.meter import Meter
 from fltac.runtime.progress import Progress, Silent
 from fltac.runtime.run_directory import RunDirectory, create, open_existing, refuse_occupied
-from fltac.runtime.setup import Experiment, available_cores, choose_plan, load_partition, prepare, resolved
+from fltac.runtime.setup import Experiment, load_partition, prepare, resolved
 from fltac.runtime.simulation import Simulation
 from fltac.runtime.summary import baselines, judged, no_report, summarised, truncation_lines, untrained_record
 from fltac.server.round import init_server
@@ -142,12 +143,14 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
     total = sum(len(client.slots) for client in experiment.clients.values())
     meter = Meter(experiment, progress)
 
+    known: dict[ScoreKey, float] = {}
+
     def judge(state: ServerState, report: RoundReport, last: bool) -> Record:
         every = config.evaluation.every
         if last:
-            return judged(experiment, state, report, None)
+            return judged(experiment, state, report, None, known)
         if every and report.round_number % every == 0:
-            return judged(experiment, state, report, config.evaluation.max_rows)
+            return judged(experiment, state, report, config.evaluation.max_rows, known)
         clustering = clustering_record(state, report, experiment.holdings)
         return {"tasks": None, "mean_score": None, "clustering": clustering}
 
@@ -206,7 +209,7 @@ def _refuse_changed(opened: RunDirectory, experiment: Experiment) -> None:
 
 def _lane_plan(experiment: Experiment) -> dict[str, int]:
     """What is fixed for the whole run since it changes rounding."""
-    plan = choose_plan(experiment.config.training, experiment.model)
+    plan = choose_plan(experiment.config.training, experiment.model, next(iter(experiment.tasks.values())))
     return {"lanes": plan.lanes, "tokens": plan.tokens}
 
 

@@ -1,37 +1,25 @@
 """From a configuration to everything that a run needs: tasks, backbone, partition, clients, the truth about them."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import torch
 
 from fltac.builtin import builtin_folder
 from fltac.client.client import Client, LocalTask, local_steps
-from fltac.client.schedule import POOL, LanePlan
-from fltac.config import Config, TrainingConfig, to_yaml
-from fltac.data.encoded import EncodedTask, load_tasks
+from fltac.config import Config, to_yaml
+from fltac.data.encoded import EncodedTask, Split, load_tasks
 from fltac.data.partition import Partition, make_partition
 from fltac.errors import InputError
 from fltac.evaluation import Holding
-from fltac.model.attention import use_own_attention
 from fltac.model.backbone import Backbone, load_backbone
 from fltac.model.lanes import LaneModel
-from fltac.model.packed_pass import first_position
 from fltac.model.targets import find_targets, layer_shapes
 from fltac.paths import BUILTIN, resolve
 from fltac.records import SlotKey
+from fltac.runtime.lane_setup import PRECISIONS, admit_to_prefix, available_cores, build_model, choose_precision
 from fltac.server.round import draw_cohort
-
-TOKENS_PER_PASS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
-"""What ``training.lanes: auto`` fills a pass up to; a larger pass is padded more."""
-
-NO_LIMIT = 2**62
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -109,6 +97,7 @@ def prepare(config: Config) -> Experiment:
     modules = layer_shapes(backbone.model, paths)
     model = build_model(config, backbone, modules, next(iter(tasks.values())))
     clients, holdings = build_clients(config, partition, tasks)
+    admit_to_prefix(model, _visits(config, clients, tasks), config.training.prefix_cache * 2**20)
     heads = {
         local.head_key: (local.task.outputs, backbone.hidden)
         for client in clients.values()
@@ -118,42 +107,6 @@ def prepare(config: Config) -> Experiment:
     return Experiment(
         config, tasks, partition, backbone, modules, model, clients, holdings, dict(sorted(heads.items()))
     )
-
-
-def build_model(
-    config: Config, backbone: Backbone, modules: Mapping[str, tuple[int, int]], task: EncodedTask
-) -> LaneModel:
-    """Puts lanes into the backbone, in the run's precision, after trying it on a few rows of a task.
-
-    Raises:
-        InputError: it cannot be run; rows of different lanes mix in it and ``training.lanes`` is not 1; or
-            ``training.packing`` asks for packed rows and it cannot take them.
-    """
-    training = config.training
-    precision = choose_precision(training, backbone.device)
-    dtype = torch.float64 if precision == torch.float64 else torch.float32
-    use_own_attention(backbone.model)
-    order = np.argsort(task.train.lengths, kind="stable")
-    few = np.unique(order[np.linspace(0, len(order) - 1, 4, dtype=np.int64)])
-    name = f"backbone.name: {config.backbone.name!r} ({type(backbone.model).__name__})"
-    model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
-    longest = int(task.train.lengths[few].max())
-    lanes = [task.train.batch(few[[end]], longest) for end in (0, -1)]
-    try:
-        model.features(model.stack([task.train.batch(few)]), 0)
-        apart = not modules or model.keeps_lanes_apart(lanes)
-        if training.packing is True or (training.packing == "auto" and backbone.device.type == "cpu"):
-            model.first_position = first_position(backbone, task.train.batch(few))
-            apart = apart and (not modules or model.keeps_lanes_apart(lanes))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{name} cannot be run on rows of the task {task.name}: {reason}") from error
-    if not apart and training.lanes != 1:
-        raise InputError(f"{name} mixes the rows of different adapters in a pass; set training.lanes=1")
-    if training.packing is True and not model.packs:
-        raise InputError(f"training.packing: true, but {name} cannot be run on packed rows; allowed are auto, false")
-    backbone.model.to(precision)
-    return model
 
 
 def resolved(experiment: Experiment) -> Experiment:
@@ -174,55 +127,19 @@ def resolved(experiment: Experiment) -> Experiment:
     return replace(experiment, config=config.model_copy(update={"training": training, "backbone": device}))
 
 
-def available_cores() -> int:
-    """CPU cores that this process may use: what ``OMP_NUM_THREADS`` says, else all that it may run on."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose_precision(config: TrainingConfig, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the device multiplies it faster than float32, else float32."""
-    if config.precision != "auto":
-        return PRECISIONS[config.precision]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and multiplies_bfloat16()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16 (AVX512-BF16 or AMX)."""
-    flags = Path("/proc/cpuinfo")
-    found = flags.read_text(encoding="utf-8", errors="replace").split() if flags.is_file() else []
-    return "avx512_bf16" in found or "amx_bf16" in found
-
-
-def choose_plan(config: TrainingConfig, model: LaneModel) -> LanePlan:
-    """How large a pass may be; full fine-tuning has the backbone for itself."""
-    if config.trainable == "all":
-        return LanePlan(1, NO_LIMIT, model.packs)
-    if config.lanes != "auto":
-        return LanePlan(config.lanes, NO_LIMIT, model.packs)
-    tokens = TOKENS_PER_PASS[model.backbone.device.type] // _tokens_per_length(model.backbone)
-    return LanePlan(POOL, max(1, tokens), model.packs)
-
-
-def _tokens_per_length(backbone: Backbone) -> int:
-    """What one unit of a row's length is in the backbone: a token of text, all patches of an image."""
-    config = backbone.model.config
-    if backbone.kind == "text":
-        return 1
-    patch = getattr(config, "patch_size", None) or 16
-    size = getattr(config, "image_size", None) or 224
-    (height, width), (rows, columns) = _pair(size), _pair(patch)
-    return (height // rows) * (width // columns) + 1
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+def _visits(config: Config, clients: Mapping[str, Client], tasks: Mapping[str, EncodedTask]) -> list[tuple[Split, int]]:
+    """The splits that a run reads, each with the most rows that it reads of it."""
+    out = []
+    for name, task in tasks.items():
+        held = [
+            min(len(local.rows), local.steps * config.training.batch_size * config.rounds)
+            for client in clients.values()
+            for locals_ in client.slots.values()
+            for local in locals_
+            if local.task.name == name
+        ]
+        out += [(task.train, sum(held)), (task.validation, len(task.validation))]
+    return out
 
 
 def rounds_taken(config: Config, clients: Sequence[str]) -> dict[str, int]:

@@ -1,12 +1,16 @@
 """In-process federation: all clients in one process around one frozen backbone, every payload encoded as on a wire."""
 
+import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fltac.client.client import Client, plan_jobs, reply_of
 from fltac.client.schedule import LanePlan
-from fltac.client.training import OnPass, Trained, no_report, train
+from fltac.client.training import OnPass, Trained, no_report, train_each
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
 from fltac.records import Adapter, Reply, Request
@@ -44,27 +48,53 @@ class Simulation:
             for request in received
             for job in plan_jobs(self.clients[request.client], request, self.initial, self.config)
         ]
-        trained = train(self.model, jobs, self.config.training, self.config.lora.dropout, self.plan, self.on_pass)
-        by_client: dict[str, list[Trained]] = {request.client: [] for request in received}
-        for result in trained:
-            by_client[result.job.client].append(result)
-        replies, up_bytes = [], 0
-        for client, own in by_client.items():
-            try:
-                payload = encode_reply(reply_of(self.clients[client], own), self.config.wire_dtype)
-            except WireError as error:
-                # Diverged: its values do not fit the wire's dtype. The round goes on without it.
-                payload = encode_reply(Reply(client, error=str(error)), self.config.wire_dtype)
-            up_bytes += len(payload)
-            replies.append(decode_reply(payload))
-        loss = sum(result.loss for result in trained) / len(trained) if trained else None
-        return Exchange(tuple(replies), up_bytes, down_bytes, time.perf_counter() - start, loss)
+        asked = Counter(job.client for job in jobs)
+        done: dict[str, list[Trained]] = {client: [] for client in asked}
+        replies: dict[str, Reply] = {}
+        up_bytes, losses = 0, [0.0]
+        for result in train_each(
+            self.model, jobs, self.config.training, self.config.lora.dropout, self.plan, self.on_pass
+        ):
+            client = result.job.client
+            losses.append(result.loss)
+            done[client].append(result)
+            if len(done[client]) == asked[client]:
+                # At once, so that no adapter is held twice for longer than its client's turn.
+                payload = self._payload(client, done.pop(client))
+                up_bytes += len(payload)
+                replies[client] = decode_reply(payload)
+        ordered = tuple(replies[request.client] for request in received if request.client in replies)
+        loss = math.fsum(losses) / len(jobs) if jobs else None
+        return Exchange(ordered, up_bytes, down_bytes, time.perf_counter() - start, loss)
 
     def deliver(self, requests: Sequence[Request]) -> tuple[list[Request], int]:
-        """Encodes and decodes requests; returns them as the clients see them, and their bytes."""
+        """Encodes and decodes requests; returns them as the clients see them, and their bytes.
+
+        Clients that are sent the same adapter share one copy of it, as they do with the backbone.
+        """
         received, size = [], 0
+        shared: dict[int | None, Adapter] = {}
         for request in requests:
             payload = encode_request(request, self.config.wire_dtype)
             size += len(payload)
-            received.append(decode_request(payload))
+            got = decode_request(payload)
+            adapters = {number: _one_copy(shared, number, adapter) for number, adapter in got.adapters.items()}
+            initial = None if got.initial is None else _one_copy(shared, None, got.initial)
+            received.append(replace(got, adapters=adapters, initial=initial))
         return received, size
+
+    def _payload(self, client: str, own: Sequence[Trained]) -> bytes:
+        """A client's encoded reply."""
+        try:
+            reply = reply_of(self.clients[client], sorted(own, key=lambda result: result.job.slot))
+            return encode_reply(reply, self.config.wire_dtype)
+        except WireError as error:
+            # Diverged: its values do not fit the wire's dtype. The round goes on without it.
+            return encode_reply(Reply(client, error=str(error)), self.config.wire_dtype)
+
+
+def _one_copy(shared: dict[int | None, Adapter], number: int | None, adapter: Adapter) -> Adapter:
+    """The copy that is held already, if it is equal."""
+    first = shared.setdefault(number, adapter)
+    same = first.keys() == adapter.keys() and all(np.array_equal(first[name], adapter[name]) for name in first)
+    return first if same else adapter

@@ -5,7 +5,7 @@ from math import prod
 from typing import Any
 
 from fltac.data.encoded import majority_score
-from fltac.evaluation import clustering_record, score_state
+from fltac.evaluation import ScoreKey, clustering_record, score_state
 from fltac.records import RoundReport, ServerState
 from fltac.runtime.export import folders_of_tasks
 from fltac.runtime.loop import Record
@@ -13,9 +13,17 @@ from fltac.runtime.run_directory import peak_rss_bytes
 from fltac.runtime.setup import Experiment, rounds_taken
 
 
-def judged(experiment: Experiment, state: ServerState, report: RoundReport, max_rows: int | None) -> Record:
+def judged(
+    experiment: Experiment,
+    state: ServerState,
+    report: RoundReport,
+    max_rows: int | None,
+    known: dict[ScoreKey, float] | None = None,
+) -> Record:
     """Scores a state on so many validation rows of each task, and compares its clusters with the true tasks."""
-    scores = score_state(experiment.model, state, experiment.holdings, experiment.tasks, experiment.config, max_rows)
+    scores = score_state(
+        experiment.model, state, experiment.holdings, experiment.tasks, experiment.config, max_rows, known
+    )
     return {
         "tasks": {name: score.record() for name, score in scores.items()},
         "mean_score": sum(score.score for score in scores.values()) / len(scores),

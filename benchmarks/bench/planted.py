@@ -1,9 +1,9 @@
 """Uploads with known groups, as hard to tell apart as real adapters after one round.
 
 Rank 1 on query and value of a 12-layer encoder of width 768 and a 2-way head. All slots start from the same A and from
-B = 0, so that A is nearly common and B carries the change, as in training. The cosines of the changes of
-``B A`` are those measured between adapters of the GLUE tasks on MiniLM: two slots of one task .113, two slots of one client
-.080, neither .038; and of the heads' changes .147, .014 and .002.
+B = 0, so that A is nearly common and B carries the change, as in training. The cosines of the changes of ``B A`` are
+those measured between adapters of the GLUE tasks on MiniLM: two slots of one task .113, two slots of one client .080,
+neither .038; and of the heads' changes .147, .014 and .002.
 """
 
 from dataclasses import dataclass

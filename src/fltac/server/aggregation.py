@@ -32,12 +32,14 @@ def mean_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
     shares = dict.fromkeys((name for adapter in adapters for name in adapter), 0.0)
     # Some adapters at a time, with all their tensors: those of one lie close together.
     for start in range(0, len(adapters), BLOCK):
-        part, own = adapters[start : start + BLOCK], weights[start : start + BLOCK]
+        part, given = adapters[start : start + BLOCK], weights[start : start + BLOCK]
         for name in shares:
             held = [tensor for adapter in part if (tensor := adapter.get(name)) is not None]
             if not held:
                 continue
-            share = np.array([weight for adapter, weight in zip(part, own, strict=True) if name in adapter])
+            missing = len(held) < len(part)
+            own = [weight for adapter, weight in zip(part, given, strict=True) if name in adapter] if missing else given
+            share = np.array(own, dtype=np.float64)
             rows = np.concatenate(held).reshape(len(held), -1)
             total = totals.setdefault(name, np.zeros(held[0].shape, dtype=np.float64))
             total += (share @ rows.astype(np.float64)).reshape(total.shape)

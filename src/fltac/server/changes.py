@@ -26,19 +26,24 @@ from fltac.records import (
 from fltac.server.sketch import ProductSketch, VectorSketch
 
 BODY = "body"
-NARROWEST, WIDEST = 128, 4096
+NARROWEST, WIDEST = 192, 2**14
 """Numbers kept of an adapted matrix: many where slots are few and each pair counts, few where slots are many."""
-ROOM = 2**15
-"""Width times the number of clients between the two."""
-HEAD_WIDTH = 8
-"""A head's sketch is as wide as that of eight matrices, for it counts as much as all of them."""
+ROOM = 2**23
+"""Width times the square of the number of clients, between the two."""
+HEAD_WIDTH = 10
+"""A head's sketch is as wide as those of ten matrices, for it counts as much as all of them."""
 BLOCK = 2**18
 """Numbers gathered at a time, about what the cache holds."""
 
 
 def width_for(clients: int) -> int:
-    """Numbers kept of each adapted matrix of a slot: a power of two, smaller the more clients there are."""
-    return int(2 ** np.floor(np.log2(np.clip(ROOM / max(1, clients), NARROWEST, WIDEST))))
+    """Numbers kept of each adapted matrix of a slot: the fewer, the more clients there are.
+
+    What the slots of a task share grows in the kernel's leading eigenvalues with the number of slots, the error of
+    the sketches with the root of the number over the width.
+    """
+    largest = ROOM // max(1, clients) ** 2
+    return max(NARROWEST, min(WIDEST, 1 << largest.bit_length() >> 1))
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,10 @@ def _body(
         for start in range(0, len(group), step):
             part = group[start : start + step]
             rows = np.array([index[update.key] for update in part])
+            change = np.empty((len(part), end), dtype=np.float32)
             for module, (sketch, columns) in sketches.items():
-                body[rows, columns] += _matrix_changes(part, base, module, sketch)
+                change[:, columns] = _matrix_changes(part, base, module, sketch)
+            body[rows] += change
     return body, tuple(columns for _, columns in sketches.values())
 
 

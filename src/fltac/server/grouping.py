@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from threadpoolctl import threadpool_limits
+
 from fltac.config import ServerSettings
 from fltac.records import ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
 from fltac.server.changes import Changes
 from fltac.server.clustering import Points, group, silhouette
-from fltac.server.similarity import embedding, flattened
+from fltac.server.similarity import distance_sketches, embedding
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,16 @@ class Evidence:
 
 
 def group_slots(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """Applies the configured rule."""
-    return RULES[settings.clustering.rule](evidence, settings)
+    """Applies the configured rule; on one thread, since its products are small and their rounding is then fixed."""
+    with threadpool_limits(1):
+        return RULES[settings.clustering.rule](evidence, settings)
 
 
 def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """Algorithm 3 of arXiv 2404.15384: K-means over this round's uploads, flattened."""
+    """Algorithm 3 of arXiv 2404.15384: K-means over this round's uploads, flattened; of many, their sketches."""
     adapters = [update.adapter for update in evidence.updates]
-    points = flattened(adapters, settings.clustering.head)
+    seed = derive(settings.seed, "embedding", evidence.round_number)
+    points = distance_sketches(adapters, settings.clustering.head, seed)
     return _grouped([update.key for update in evidence.updates], points, evidence, settings)
 
 

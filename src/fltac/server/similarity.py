@@ -6,7 +6,8 @@ under ``A -> R A, B -> B R^-1``, compares different ranks, and the common factor
 compared through their sketches (``server.sketch``).
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from fltac.records import Adapter, FloatArray, is_head
 from fltac.seeding import generator
 from fltac.server.changes import BLOCK, Changes
+from fltac.server.sketch import VectorSketch
 
 Matrix = NDArray[np.float64]
 
 WHOLE = 512
-"""Up to so many slots the kernel is formed and decomposed; above, it is never formed."""
+"""Up to so many slots all pairs are compared and all adapters flattened; above, no matrix of either kind is formed."""
+DISTANCE_WIDTH = 2048
+"""Numbers kept of a flattened adapter where there are many."""
 OVERSAMPLING = 10
 """Vectors iterated beyond those wanted."""
 ITERATIONS = 50
@@ -31,16 +35,45 @@ def flattened(adapters: Sequence[Adapter], head: bool) -> FloatArray:
 
     With ``head``, heads are part of it; a head that another adapter has and this one lacks counts as zeros.
     """
-    shapes = {
-        name: tensor.shape for adapter in adapters for name, tensor in adapter.items() if head or not is_head(name)
-    }
-    out = np.zeros((len(adapters), sum(int(np.prod(shape)) for shape in shapes.values())), dtype=np.float32)
-    end = 0
-    for name in sorted(shapes):
-        start, end = end, end + int(np.prod(shapes[name]))
-        for row, adapter in zip(out, adapters, strict=True):
+    return _rows(adapters, _shapes(adapters, head))
+
+
+def _shapes(adapters: Sequence[Adapter], head: bool) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for adapter in adapters for name, tensor in adapter.items() if head or not is_head(name)}
+
+
+def _rows(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> FloatArray:
+    sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
+    out = np.zeros((len(adapters), sum(sizes.values())), dtype=np.float32)
+    for row, adapter in zip(out, adapters, strict=True):
+        end = 0
+        for name, size in sizes.items():
+            start, end = end, end + size
             if name in adapter:
                 row[start:end] = adapter[name].ravel()
+    return out
+
+
+def distance_sketches(adapters: Sequence[Adapter], head: bool, seed: int) -> FloatArray:
+    """Points as far from each other as the flattened adapters: these themselves, or sketches of many or long ones.
+
+    Args:
+        adapters: n of them.
+        head: As for :func:`flattened`.
+        seed: Of the sketches.
+
+    Returns:
+        float32 ``[n, d]``. Squared distances of sketches are right to about ``sqrt(2 / DISTANCE_WIDTH)``, 3 %.
+    """
+    if len(adapters) <= WHOLE:
+        return flattened(adapters, head)
+    shapes = _shapes(adapters, head)
+    size = sum(math.prod(shape) for shape in shapes.values())
+    sketch = VectorSketch.draw(seed, "adapter", size, DISTANCE_WIDTH)
+    step = max(1, BLOCK * 4 // size)
+    out = np.empty((len(adapters), sketch.width), dtype=np.float32)
+    for start in range(0, len(adapters), step):
+        out[start : start + step] = sketch(_rows(adapters[start : start + step], shapes))
     return out
 
 

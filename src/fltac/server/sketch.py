@@ -23,27 +23,28 @@ class Fold:
     """A random signed sum of ``size`` numbers into ``width`` places, filled evenly.
 
     Attributes:
-        order: int ``[size]``, a permutation.
-        signs: float32 ``[size]``, 1 or -1, in the permuted order.
-        width: Number of places.
+        order: int ``[layers, width]``: which number comes where; layer upon layer is added.
+        signs: float32 ``[layers, width]``: 1 or -1, and 0 where nothing is left.
     """
 
     order: NDArray[np.int64]
     signs: FloatArray
-    width: int
 
     @classmethod
     def draw(cls, seed: int, name: str, size: int, width: int) -> "Fold":
         """The fold that belongs to a tensor's name."""
         draw = generator(seed, f"sketch {name}")
-        return cls(draw.permutation(size), (2 * draw.integers(0, 2, size) - 1).astype(np.float32), width)
+        full = size // width * width
+        places = np.concatenate([np.arange(full), full + draw.permutation(width)[: size - full]])
+        order, signs = np.zeros(full + width, dtype=np.int64), np.zeros(full + width, dtype=np.float32)
+        order[places], signs[places] = draw.permutation(size), 2 * draw.integers(0, 2, size) - 1
+        if full == size:
+            order, signs = order[:full], signs[:full]
+        return cls(order.reshape(-1, width), signs.reshape(-1, width))
 
     def __call__(self, rows: FloatArray) -> FloatArray:
         """Folds the last axis: float32 ``[..., size]`` to ``[..., width]``."""
-        layers = -(-len(self.order) // self.width)
-        padded = np.zeros((*rows.shape[:-1], layers * self.width), dtype=np.float32)
-        np.multiply(np.take(rows, self.order, axis=-1), self.signs, out=padded[..., : len(self.order)])
-        return np.asarray(padded.reshape(*rows.shape[:-1], layers, self.width).sum(axis=-2))
+        return np.asarray(np.einsum("...lw,lw->...w", np.take(rows, self.order, axis=-1), self.signs))
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from fltac.records import (
 from fltac.server.sketch import ProductSketch, VectorSketch
 
 BODY = "body"
-NARROWEST, WIDEST = 192, 2**14
+NARROWEST, WIDEST = 192, 2**13
 """Numbers kept of an adapted matrix: many where slots are few and each pair counts, few where slots are many."""
-ROOM = 2**23
+ROOM = 2**22
 """Width times the square of the number of clients, between the two."""
 HEAD_WIDTH = 10
 """A head's sketch is as wide as those of ten matrices, for it counts as much as all of them."""
-BLOCK = 2**18
+BLOCK = 2**17
 """Numbers gathered at a time, about what the cache holds."""
 
 

@@ -114,6 +114,17 @@ class Features:
             out[rows - start, begin:end] = heads.values[part] * self._head_scale[rows, None]
         return out
 
+    def gram(self) -> Matrix:
+        """The kernel: float64 ``[n, n]``, matrix by matrix, so that nothing of the size of all rows is made."""
+        total = np.zeros((self.shape[0], self.shape[0]))
+        for scale, columns in zip(self._scales.T, self._changes.modules, strict=True):
+            values = self._changes.body[:, columns]
+            total += (values @ values.T) * np.outer(scale, scale)
+        for heads in self._heads:
+            scale = self._head_scale[heads.rows]
+            total[np.ix_(heads.rows, heads.rows)] += (heads.values @ heads.values.T) * np.outer(scale, scale)
+        return total
+
     def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
         """All rows, some at a time."""
         step = max(1, BLOCK // max(1, self.shape[1]))
@@ -135,8 +146,7 @@ def _scale(squares: Matrix, weight: float) -> FloatArray:
 
 def kernel(changes: Changes, head: bool) -> Matrix:
     """The similarity of all pairs: float64 ``[n, n]``, symmetric, positive semi-definite."""
-    rows = Features(changes, head).block(0, len(changes.keys))
-    return np.asarray(rows @ rows.T, dtype=np.float64)
+    return Features(changes, head).gram()
 
 
 def embedding(changes: Changes, head: bool, dimensions: int, seed: int) -> Matrix:

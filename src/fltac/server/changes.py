@@ -5,10 +5,12 @@ other, and ``head.<key>`` for each head that it ever sent. Since sketches are li
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 
 from fltac.records import (
     HEAD,
@@ -112,7 +114,7 @@ def remember(state: ServerState, updates: Sequence[Update], decay: float, seed: 
 def _body(
     state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int], decay: float, width: int, seed: int
 ) -> tuple[FloatArray, tuple[slice, ...]]:
-    """The sketches of all adapted matrices, and each one's columns."""
+    """The sketches of all adapted matrices, and each one's columns; on as many threads as the BLAS has."""
     initial, received = state.initial, received_by(state)
     sketches: dict[str, tuple[ProductSketch, slice]] = {}
     end = 0
@@ -137,17 +139,20 @@ def _body(
     groups: dict[int, list[Update]] = {}  # those that continued from the same adapter, by its identity
     for update in updates:
         groups.setdefault(id(received.get(update.key, initial)), []).append(update)
-    for group in groups.values():
-        base = received.get(group[0].key, initial)
-        # Some updates at a time, with all their tensors: those of one lie close together.
-        step = max(1, BLOCK // largest)
-        for start in range(0, len(group), step):
-            part = group[start : start + step]
-            rows = np.array([index[update.key] for update in part])
-            change = np.empty((len(part), end), dtype=np.float32)
-            for module, (sketch, columns) in sketches.items():
-                change[:, columns] = _matrix_changes(part, base, module, sketch)
-            body[rows] += change
+    # Some updates at a time, with all their tensors: those of one lie close together.
+    step = max(1, BLOCK // largest)
+    parts = [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
+
+    def add(part: Sequence[Update]) -> None:
+        base = received.get(part[0].key, initial)
+        change = np.empty((len(part), end), dtype=np.float32)
+        for module, (sketch, columns) in sketches.items():
+            change[:, columns] = _matrix_changes(part, base, module, sketch)
+        body[[index[update.key] for update in part]] += change
+
+    threads = max((pool["num_threads"] for pool in threadpool_info()), default=1)
+    with ThreadPoolExecutor(threads) as pool:  # each part has rows of its own
+        list(pool.map(add, parts))
     return body, tuple(columns for _, columns in sketches.values())
 
 

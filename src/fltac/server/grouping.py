@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from threadpoolctl import threadpool_limits
-
 from fltac.config import ServerSettings
 from fltac.records import ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
@@ -51,9 +49,8 @@ class Evidence:
 
 
 def group_slots(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """Applies the configured rule; on one thread, since its products are small and their rounding is then fixed."""
-    with threadpool_limits(1):
-        return RULES[settings.clustering.rule](evidence, settings)
+    """Applies the configured rule."""
+    return RULES[settings.clustering.rule](evidence, settings)
 
 
 def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:

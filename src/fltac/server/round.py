@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from fltac.config import ServerSettings
 from fltac.records import (
@@ -127,8 +128,10 @@ def finish_round(
         return replace(state, round_number=number), nothing
     rule = settings.clustering
     changes = remember(state, updates, rule.memory, settings.seed) if rule.rule in ACCUMULATING else None
-    grouping = group_slots(Evidence(state, number, updates, changes, groups), settings)
-    clusters = _clusters(state, updates, grouping, settings)
+    # Its products are small: more threads would wait for each other, and their number would change rounding.
+    with threadpool_limits(1):
+        grouping = group_slots(Evidence(state, number, updates, changes, groups), settings)
+        clusters = _clusters(state, updates, grouping, settings)
     after = ServerState(
         round_number=number,
         initial=state.initial,

@@ -85,7 +85,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_more_clients_the_less_is_kept_of_each_slot() -> None:
     widths = [width_for(clients) for clients in (1, 10, 25, 50, 100, 1000, 10**6)]
-    assert widths == [8192, 8192, 4096, 1024, 256, 192, 192]
+    assert widths == [8192, 8192, 4096, 1024, 256, 128, 128]
 
 
 def test_memory_is_views() -> None:

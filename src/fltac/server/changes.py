@@ -5,12 +5,10 @@ other, and ``head.<key>`` for each head that it ever sent. Since sketches are li
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_info
 
 from fltac.records import (
     HEAD,
@@ -28,13 +26,13 @@ from fltac.records import (
 from fltac.server.sketch import ProductSketch, VectorSketch
 
 BODY = "body"
-NARROWEST, WIDEST = 192, 2**13
+NARROWEST, WIDEST = 128, 2**13
 """Numbers kept of an adapted matrix: many where slots are few and each pair counts, few where slots are many."""
 ROOM = 2**22
 """Width times the square of the number of clients, between the two."""
-HEAD_WIDTH = 10
-"""A head's sketch is as wide as those of ten matrices, for it counts as much as all of them."""
-BLOCK = 2**17
+HEAD_WIDTH = 16
+"""A head's sketch is as wide as those of so many matrices, for it counts as much as all of them."""
+BLOCK = 2**18
 """Numbers gathered at a time, about what the cache holds."""
 
 
@@ -114,7 +112,7 @@ def remember(state: ServerState, updates: Sequence[Update], decay: float, seed: 
 def _body(
     state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int], decay: float, width: int, seed: int
 ) -> tuple[FloatArray, tuple[slice, ...]]:
-    """The sketches of all adapted matrices, and each one's columns; on as many threads as the BLAS has."""
+    """The sketches of all adapted matrices, and each one's columns."""
     initial, received = state.initial, received_by(state)
     sketches: dict[str, tuple[ProductSketch, slice]] = {}
     end = 0
@@ -143,16 +141,12 @@ def _body(
     step = max(1, BLOCK // largest)
     parts = [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
 
-    def add(part: Sequence[Update]) -> None:
+    for part in parts:
         base = received.get(part[0].key, initial)
         change = np.empty((len(part), end), dtype=np.float32)
         for module, (sketch, columns) in sketches.items():
             change[:, columns] = _matrix_changes(part, base, module, sketch)
         body[[index[update.key] for update in part]] += change
-
-    threads = max((pool["num_threads"] for pool in threadpool_info()), default=1)
-    with ThreadPoolExecutor(threads) as pool:  # each part has rows of its own
-        list(pool.map(add, parts))
     return body, tuple(columns for _, columns in sketches.values())
 
 

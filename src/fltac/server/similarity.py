@@ -127,7 +127,7 @@ class Features:
 
     def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
         """All rows, some at a time."""
-        step = max(1, BLOCK // max(1, self.shape[1]))
+        step = max(1, 2 * BLOCK // max(1, self.shape[1]))
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             yield slice(start, stop), self.block(start, stop)

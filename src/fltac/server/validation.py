@@ -129,14 +129,12 @@ def _is_sound(adapter: Adapter, shapes: Shapes) -> bool:
 
     No value can be too large, or not a number, where the sum of the squares is small.
     """
-    if len(adapter) != len(shapes):
+    if adapter.keys() != shapes.keys():
         return False
+    tensors = [adapter[name] for name in shapes]
+    for tensor, shape in zip(tensors, shapes.values(), strict=True):
+        if tensor.shape != shape or tensor.dtype is not FLOAT32:
+            return False
     with np.errstate(over="ignore", invalid="ignore"):
-        for name, shape in shapes.items():
-            tensor = adapter.get(name)
-            if tensor is None or tensor.shape != shape or tensor.dtype is not FLOAT32:
-                return False
-            flat = tensor.ravel()
-            if not flat.dot(flat) < LARGEST**2:
-                return False
-    return True
+        values = np.concatenate(tensors, axis=None)
+        return bool(values.dot(values) < LARGEST**2)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from fltac.server.clustering import assign_distinct, group, silhouette, squared_distances
+from fltac.server import clustering
+from fltac.server.clustering import assign_distinct, group, silhouette, squared_distances, teams_of
 
 
 def blobs(seed: int = 0, owners: int = 6, k: int = 3, spread: float = 0.2) -> tuple[np.ndarray, list[str], list[int]]:
@@ -41,7 +43,7 @@ def test_cannot_link_repairs_what_plain_k_means_confuses() -> None:
 @given(seed=st.integers(0, 50), n=st.integers(1, 4), k=st.integers(1, 4))
 def test_assignment_is_the_cheapest_of_all(seed: int, n: int, k: int) -> None:
     costs = np.random.default_rng(seed).random((n, k))
-    labels = assign_distinct(costs, [np.arange(n)])
+    labels = assign_distinct(costs, [np.arange(n)[None]])
     capacity = -(-n // k)
     best = min(
         sum(costs[row, column % k] for row, column in enumerate(columns))
@@ -49,6 +51,47 @@ def test_assignment_is_the_cheapest_of_all(seed: int, n: int, k: int) -> None:
     )
     assert costs[np.arange(n), labels].sum() == pytest.approx(best)
     assert np.bincount(labels).max() <= capacity
+
+
+@pytest.mark.parametrize("k", [5, 9])
+@pytest.mark.parametrize("block", [1, 2**18])
+def test_many_clients_at_once_are_assigned_as_one_by_one(monkeypatch: pytest.MonkeyPatch, k: int, block: int) -> None:
+    """Clients of all sizes, some with more points than clusters; with nine clusters not every way is compared."""
+    monkeypatch.setattr(clustering, "BLOCK", block * 720)
+    draw = np.random.default_rng(0)
+    owners = [f"c{owner}" for owner, count in enumerate(draw.integers(1, k + 3, 60)) for _ in range(count)]
+    order = draw.permutation(len(owners))
+    names, costs = [owners[index] for index in order], draw.random((len(owners), k))
+    labels = assign_distinct(costs, teams_of(names))
+    for owner in set(names):
+        rows = np.flatnonzero(np.array(names) == owner)
+        own = np.tile(costs[rows], (1, -(-len(rows) // k)))
+        np.testing.assert_array_equal(labels[rows], linear_sum_assignment(own)[1] % k)
+
+
+def test_points_of_an_owner_stay_together() -> None:
+    teams = teams_of(["b", "a", "b", "c", "a", "a"])
+    assert [team.tolist() for team in teams] == [[[3]], [[0, 2]], [[1, 4, 5]]]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_many_points_are_grouped_as_few_are(monkeypatch: pytest.MonkeyPatch, linked: bool) -> None:
+    """Starts tried on a sample end where starts tried on all points end."""
+    points, owners, truth = blobs(owners=200, spread=0.5)
+    expected = group(points, 3, owners if linked else None, 20, 0)
+    assert adjusted_rand_score(truth, expected) > 0.3
+    monkeypatch.setattr(clustering, "SAMPLE", 100)
+    found = group(points, 3, owners if linked else None, 20, 0)
+    assert adjusted_rand_score(expected, found) > 0.98  # scikit-learn stops a little before the last point moves
+
+
+def test_a_sample_has_all_points_of_an_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "SAMPLE", 10)
+    owners = [f"c{owner}" for owner in range(20) for _ in range(3)]
+    rows = clustering._sample(60, owners, 0)
+    assert len(rows) == 12
+    assert set(np.bincount(rows // 3)) == {0, 3}
+    assert len(clustering._sample(60, None, 0)) == 10
 
 
 def test_slots_of_a_client_fall_into_different_clusters() -> None:
@@ -96,7 +139,20 @@ def test_distances_by_hand() -> None:
 
 def test_silhouette_where_it_is_not_defined() -> None:
     points = np.array([[0.0], [1.0], [9.0]])
-    assert silhouette(points, np.array([0, 0, 0])) is None
-    assert silhouette(points, np.array([0, 1, 2])) is None
+    assert silhouette(points, np.array([0, 0, 0]), 0) is None
+    assert silhouette(points, np.array([0, 1, 2]), 0) is None
     # By hand: a = 1, b = 9 or 8; the single point counts 0.
-    assert silhouette(points, np.array([0, 0, 1])) == pytest.approx((8 / 9 + 7 / 8) / 3)
+    assert silhouette(points, np.array([0, 0, 1]), 0) == pytest.approx((8 / 9 + 7 / 8) / 3)
+
+
+def test_silhouette_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, _, truth = blobs(owners=100, spread=0.5)
+    labels = np.array(truth)
+    labels[0] = 7  # alone in its cluster
+    expected = silhouette_score(points, labels)
+    assert silhouette(points, labels, 0) == pytest.approx(expected, abs=1e-9)
+    monkeypatch.setattr(clustering, "SAMPLE", 150)
+    monkeypatch.setattr(clustering, "BLOCK", 1000)
+    sampled = silhouette(points, labels, 0)
+    assert sampled == pytest.approx(expected, abs=0.05)
+    assert sampled != pytest.approx(expected, abs=1e-9)

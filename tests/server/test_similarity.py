@@ -1,23 +1,18 @@
-"""Kernels of products against the products formed in full, by NumPy alone."""
+"""The kernel of sketches against the kernel of formed products; the embedding against an eigendecomposition."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fltac.records import Adapter
-from fltac.server.similarity import (
-    RANK_LIMIT,
-    accumulated,
-    cosine,
-    embedding,
-    flattened,
-    kernel,
-    learned,
-    product_gram,
-    truncated,
-)
-from server.builders import adapter
+from fltac.records import Adapter, ServerState
+from fltac.server import changes, similarity
+from fltac.server.changes import Changes, remember
+from fltac.server.similarity import Features, distance_sketches, embedding, flattened, kernel, principal
+from server.builders import adapter, planted, update
+from server.reference import exact_kernel, products
 
 
 def random_adapter(draw: np.random.Generator, rank: int = 2, key: str = "2") -> Adapter:
@@ -32,146 +27,129 @@ def random_adapter(draw: np.random.Generator, rank: int = 2, key: str = "2") -> 
     return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def product(tensors: Adapter, module: str) -> np.ndarray:
-    return tensors[module + ".lora_B"].astype(np.float64) @ tensors[module + ".lora_A"].astype(np.float64)
+def zeros(like: Adapter) -> Adapter:
+    return {name: np.zeros_like(tensor) for name, tensor in like.items()}
 
 
-def plain_cosine(x: np.ndarray, y: np.ndarray) -> float:
-    return float((x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()))
+def learned(adapters: Sequence[Adapter], initial: Adapter | None = None) -> Changes:
+    """What slots have learned that went from ``initial``, or from zero, to these adapters."""
+    if initial is None:
+        initial = zeros({name: tensor for item in adapters for name, tensor in item.items()})
+    updates = [update("a", slot, item) for slot, item in enumerate(adapters)]
+    return remember(ServerState(0, initial, ("a",)), updates, 1.0, seed=0)
 
 
-@given(ranks=st.lists(st.integers(1, 4), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_product_gram_is_that_of_the_formed_products(ranks: list[int], seed: int) -> None:
+@given(rank=st.integers(1, 4), n=st.integers(1, 5), seed=st.integers(0, 99), head=st.booleans())
+def test_the_kernel_of_small_matrices_is_exact(rank: int, n: int, seed: int, head: bool) -> None:
     draw = np.random.default_rng(seed)
-    held = [random_adapter(draw, rank) for rank in ranks]
-    gram = product_gram([(item["m.lora_A"], item["m.lora_B"]) for item in held])
-    flat = np.array([product(item, "m").ravel() for item in held])
-    np.testing.assert_allclose(gram, flat @ flat.T, rtol=1e-4, atol=1e-4)
+    initial = random_adapter(draw, rank)
+    held = [random_adapter(draw, rank) for _ in range(n)]
+    expected = exact_kernel([products(initial, item) for item in held], head)
+    np.testing.assert_allclose(kernel(learned(held, initial), head), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [512, 2048])
+def test_the_kernel_of_sketches_has_the_error_that_is_promised(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Two matrices of 96 x 96 and a head that fits; the mean of two cosines is right to sqrt(2 / (2 * width))."""
+    monkeypatch.setattr(changes, "WIDEST", width)
+    draw = np.random.default_rng(0)
+    shapes = {"m.lora_A": (2, 96), "m.lora_B": (96, 2), "n.lora_A": (2, 96), "n.lora_B": (96, 2)}
+    shapes |= {"head.2.weight": (2, 96), "head.2.bias": (2,)}
+    base = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    moved = [
+        {n: t + np.float32(0.3) * draw.normal(size=t.shape).astype(np.float32) for n, t in base.items()}
+        for _ in range(30)
+    ]
+    found = kernel(learned(moved, base), True)
+    expected = exact_kernel([products(base, item) for item in moved], True)
+    errors = (found - expected)[np.triu_indices(30, 1)]
+    assert 0.3 * width**-0.5 < errors.std() < 1.3 * width**-0.5
+    np.testing.assert_allclose(np.diag(found), 2.0, atol=1e-5)
 
 
 def test_a_small_change_of_large_factors_keeps_its_direction() -> None:
     """The change is three parts in ten thousand of the factors; its cosine must not drown in rounding."""
     draw = np.random.default_rng(0)
     base = random_adapter(draw)
-    changes = [
-        learned(
-            base,
-            {name: t + np.float32(3e-4) * draw.normal(size=t.shape).astype(np.float32) for name, t in base.items()},
-        )
+    moved = [
+        {name: t + np.float32(3e-4) * draw.normal(size=t.shape).astype(np.float32) for name, t in base.items()}
         for _ in range(4)
     ]
-    found = cosine(product_gram([(item["m.lora_A"], item["m.lora_B"]) for item in changes]))
-    flat = [product(item, "m").ravel() for item in changes]
-    expected = [[plain_cosine(x, y) for y in flat] for x in flat]
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_product_gram_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = np.random.default_rng(0)
-    factors = [(item["m.lora_A"], item["m.lora_B"]) for item in (random_adapter(draw) for _ in range(7))]
-    whole = product_gram(factors)
-    monkeypatch.setattr("fltac.server.similarity.BLOCK", 3)
-    np.testing.assert_allclose(product_gram(factors), whole, rtol=1e-6)
+    expected = exact_kernel([products(base, item) for item in moved], True)
+    np.testing.assert_allclose(kernel(learned(moved, base), True), expected, atol=1e-4)
 
 
 def test_the_kernel_does_not_see_the_choice_of_factors() -> None:
     """A -> R A, B -> B R^-1 leaves every product as it is."""
     draw = np.random.default_rng(1)
-    held = {("a", slot): random_adapter(draw) for slot in range(4)}
-    turned = {}
-    for key, tensors in held.items():
+    held = [random_adapter(draw) for _ in range(4)]
+    turned = []
+    for tensors in held:
         turn = draw.normal(size=(2, 2)) + 2 * np.eye(2)
-        turned[key] = dict(tensors)
+        item = dict(tensors)
         for module in "mn":
-            turned[key][f"{module}.lora_A"] = (turn @ tensors[f"{module}.lora_A"]).astype(np.float32)
-            turned[key][f"{module}.lora_B"] = (tensors[f"{module}.lora_B"] @ np.linalg.inv(turn)).astype(np.float32)
-    np.testing.assert_allclose(kernel(held, list(held), True), kernel(turned, list(held), True), atol=1e-4)
-    before, after = flattened(list(held.values()), False), flattened(list(turned.values()), False)
+            item[f"{module}.lora_A"] = (turn @ tensors[f"{module}.lora_A"]).astype(np.float32)
+            item[f"{module}.lora_B"] = (tensors[f"{module}.lora_B"] @ np.linalg.inv(turn)).astype(np.float32)
+        turned.append(item)
+    np.testing.assert_allclose(kernel(learned(held), True), kernel(learned(turned), True), atol=1e-4)
+    before, after = flattened(held, False), flattened(turned, False)
     assert np.abs(before - after).max() > 0.1
-
-
-def test_kernel_is_the_mean_cosine_of_the_matrices_plus_that_of_the_heads() -> None:
-    draw = np.random.default_rng(2)
-    held = {("a", 0): random_adapter(draw), ("b", 0): random_adapter(draw, rank=3)}
-    x, y = held.values()
-    matrices = [plain_cosine(product(x, module), product(y, module)) for module in "mn"]
-    heads = [np.concatenate([item["head.2.bias"], item["head.2.weight"].ravel()]) for item in (x, y)]
-    assert kernel(held, list(held), False)[0, 1] == pytest.approx(np.mean(matrices), abs=1e-5)
-    assert kernel(held, list(held), True)[0, 1] == pytest.approx(np.mean(matrices) + plain_cosine(*heads), abs=1e-5)
-    np.testing.assert_allclose(np.diag(kernel(held, list(held), True)), 2.0, atol=1e-5)
 
 
 def test_a_loud_matrix_does_not_decide() -> None:
     draw = np.random.default_rng(3)
-    held = {("a", slot): random_adapter(draw) for slot in range(3)}
-    loud = {key: {**item, "m.lora_B": item["m.lora_B"] * np.float32(1000)} for key, item in held.items()}
-    np.testing.assert_allclose(kernel(held, list(held), True), kernel(loud, list(held), True), atol=1e-5)
+    held = [random_adapter(draw) for _ in range(3)]
+    loud = [{**item, "m.lora_B": item["m.lora_B"] * np.float32(1000)} for item in held]
+    np.testing.assert_allclose(kernel(learned(held), True), kernel(learned(loud), True), atol=1e-5)
 
 
 def test_heads_of_other_shapes_are_at_right_angles() -> None:
     draw = np.random.default_rng(4)
-    held = {("a", 0): random_adapter(draw), ("b", 0): random_adapter(draw, key="3")}
-    with_heads, without = (kernel(held, list(held), head)[0, 1] for head in (True, False))
-    assert with_heads == pytest.approx(without)
+    found = learned([random_adapter(draw), random_adapter(draw, key="3")])
+    assert kernel(found, True)[0, 1] == pytest.approx(kernel(found, False)[0, 1])
+    np.testing.assert_allclose(np.diag(kernel(found, True)), 2.0, atol=1e-5)
 
 
 def test_a_slot_that_learned_nothing_is_similar_to_nobody() -> None:
-    draw = np.random.default_rng(5)
-    silent = {name: np.zeros_like(tensor) for name, tensor in random_adapter(draw).items()}
-    found = kernel({("a", 0): random_adapter(draw), ("b", 0): silent}, [("a", 0), ("b", 0)], True)
+    item = random_adapter(np.random.default_rng(5))
+    found = kernel(learned([item, zeros(item)]), True)
     assert np.isfinite(found).all()
     assert list(found[1]) == [0.0, 0.0]
 
 
-def test_learned_is_the_difference_of_the_products() -> None:
-    draw = np.random.default_rng(6)
-    before, after = random_adapter(draw), random_adapter(draw)
-    change = learned(before, after)
-    for module in "mn":
-        expected = product(after, module) - product(before, module)
-        np.testing.assert_allclose(product(change, module), expected, atol=1e-5)
-    np.testing.assert_allclose(change["head.2.bias"], after["head.2.bias"] - before["head.2.bias"])
-    assert set(learned({k: v for k, v in before.items() if "head" not in k}, after)) == set(after)
+def planted_changes(clients: int) -> tuple[Changes, int]:
+    updates, truth = planted(clients, 3, noise=1.0)
+    return learned([item.adapter for item in updates]), len(truth)
 
 
-def test_accumulated_sums_with_decay_and_stays_exact_up_to_the_limit() -> None:
-    draw = np.random.default_rng(7)
-    memory: Adapter | None = None
-    expected = {module: np.zeros_like(product(random_adapter(draw), module)) for module in "mn"}
-    head = np.zeros((2, 4))
-    for _ in range(12):  # rank 2 each: 24 in the end, more than 3 x 6 and 4 x 5 can have
-        change = random_adapter(draw)
-        memory = accumulated(memory, change, 0.5)
-        head = 0.5 * head + change["head.2.weight"]
-        for module, total in expected.items():
-            expected[module] = 0.5 * total + product(change, module)
-    assert memory is not None
-    for module, total in expected.items():
-        assert len(memory[f"{module}.lora_A"]) <= RANK_LIMIT
-        np.testing.assert_allclose(product(memory, module), total, atol=1e-4)
-    np.testing.assert_allclose(memory["head.2.weight"], head, atol=1e-5)
+def test_embedding_is_the_truncated_eigendecomposition() -> None:
+    found, n = planted_changes(5)
+    exact = kernel(found, True)
+    values, vectors = np.linalg.eigh(exact)
+    points = embedding(found, True, 3, seed=0)
+    top = (vectors[:, -3:] * values[-3:]) @ vectors[:, -3:].T
+    np.testing.assert_allclose(points @ points.T, top, atol=1e-9)
+    assert embedding(found, True, 99, seed=0).shape == (n, n)
 
 
-def test_truncated_is_the_best_approximation() -> None:
+@pytest.mark.parametrize("block", [1, 1000, 2**18])
+def test_the_embedding_of_many_slots_is_that_of_few(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    found, _ = planted_changes(40)
+    expected = embedding(found, True, 4, seed=0)
+    monkeypatch.setattr(similarity, "WHOLE", 0)
+    monkeypatch.setattr(similarity, "BLOCK", block)
+    points = embedding(found, True, 4, seed=0)
+    np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=2e-3)
+    np.testing.assert_array_equal(points, principal(Features(found, True), 4, seed=0))
+
+
+def test_rows_of_a_block_are_those_of_the_whole() -> None:
     draw = np.random.default_rng(8)
-    a, b = draw.normal(size=(6, 9)).astype(np.float32), draw.normal(size=(7, 6)).astype(np.float32)
-    short_a, short_b = truncated(a, b, 2)
-    assert short_a.shape == (2, 9)
-    assert short_b.shape == (7, 2)
-    singular = np.linalg.svd(b @ a, compute_uv=False)
-    error = np.linalg.norm(b @ a - short_b @ short_a)
-    assert error == pytest.approx(np.sqrt((singular[2:] ** 2).sum()), rel=1e-4)
-
-
-def test_embedding_of_a_kernel_of_that_rank_is_exact() -> None:
-    rows = np.random.default_rng(9).normal(size=(6, 3))
-    points = embedding(rows @ rows.T, 3)
-    np.testing.assert_allclose(points @ points.T, rows @ rows.T, atol=1e-9)
-    assert embedding(rows @ rows.T, 99).shape == (6, 6)
-
-
-def test_cosine_by_hand() -> None:
-    np.testing.assert_allclose(cosine(np.array([[4.0, 3.0], [3.0, 9.0]])), [[1.0, 0.5], [0.5, 1.0]])
+    held = [random_adapter(draw, key=key) for key in ("2", "3", "3", "2", "3")]
+    features = Features(learned(held), True)
+    whole = features.block(0, 5)
+    np.testing.assert_array_equal(np.concatenate([features.block(0, 2), features.block(2, 5)]), whole)
+    np.testing.assert_allclose((whole**2).sum(axis=1), 2.0, atol=1e-5)
 
 
 def test_flattened_keeps_the_order_of_names_and_fills_missing_heads() -> None:
@@ -180,3 +158,18 @@ def test_flattened_keeps_the_order_of_names_and_fills_missing_heads() -> None:
     rows = flattened([adapter(1, 2, 3), adapter(4, 5, 6, key="1", outputs=1)], head=True)
     assert rows.shape == (2, 5 + 4 + 8)
     assert list(rows[0][:4]) == [0, 0, 0, 0]
+
+
+def test_sketches_of_many_flattened_adapters_are_as_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(9)
+    held = [{"m.lora_A": draw.normal(size=(1, 3000)).astype(np.float32)} for _ in range(20)]
+    exact = distance_sketches(held, False, 0)
+    np.testing.assert_array_equal(exact, flattened(held, False))
+    monkeypatch.setattr(similarity, "WHOLE", 5)
+    sketches = distance_sketches(held, False, 0)
+    assert sketches.shape == (20, similarity.DISTANCE_WIDTH)
+    pairs = np.triu_indices(20, 1)
+    distances = [((rows[pairs[0]] - rows[pairs[1]]) ** 2).sum(axis=1) for rows in (sketches, exact)]
+    ratio = distances[0] / distances[1]
+    assert 0.9 < ratio.min() < 0.999
+    assert 1.001 < ratio.max() < 1.1

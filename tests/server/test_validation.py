@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fltac.records import Rejection, Reply
-from fltac.server.validation import LARGEST, accept_updates, update_fault
+from fltac.server.validation import LARGEST, Expected, accept_updates, update_fault
 from server.builders import adapter, reply, state, update
 
 INITIAL = state("a", "b").initial
@@ -50,7 +50,7 @@ def test_a_bad_upload_is_named_and_the_others_are_used(fault: str) -> None:
 
 
 def test_an_empty_adapter_names_its_first_tensor() -> None:
-    assert update_fault(update("a", 0, {}), "a", set(), INITIAL) == "tensor m.lora_A is missing"
+    assert update_fault(update("a", 0, {}), "a", set(), Expected(INITIAL)) == "tensor m.lora_A is missing"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_an_empty_adapter_names_its_first_tensor() -> None:
     ],
 )
 def test_faults_beside_the_tensors(item: object, reason: str) -> None:
-    assert update_fault(item, "a", {4}, INITIAL) == reason  # type: ignore[arg-type]
+    assert update_fault(item, "a", {4}, Expected(INITIAL)) == reason  # type: ignore[arg-type]
 
 
 def test_clients_that_fail_are_silent_or_were_not_asked() -> None:
@@ -83,3 +83,21 @@ def test_the_order_of_replies_does_not_matter() -> None:
     replies = [reply("a", GOOD, GOOD), reply("b", GOOD)]
     one, other = accept_updates(replies, ["a", "b"], INITIAL), accept_updates(replies[::-1], ["b", "a"], INITIAL)
     assert [item.key for item in one[0]] == [item.key for item in other[0]] == [("a", 0), ("a", 1), ("b", 0)]
+
+
+def test_large_values_are_refused_one_by_one_and_not_by_their_sum() -> None:
+    """The fast check sees only the sum of squares; what fails it is looked at closely."""
+    expected = Expected(INITIAL)
+    assert update_fault(update("a", 0, adapter(LARGEST, -LARGEST, LARGEST)), "a", set(), expected) is None
+    over = np.nextafter(np.float32(LARGEST), np.float32(np.inf))
+    fault = update_fault(update("a", 0, {**GOOD, "m.lora_A": np.full((1, 3), over)}), "a", set(), expected)
+    assert fault == "tensor m.lora_A has the value 1e+06; allowed are up to 1e+06"
+
+
+def test_an_upload_has_both_parts_of_each_head_that_it_holds() -> None:
+    expected = Expected(state("a", heads={"2": (2, 3), "1": (1, 3)}).initial)
+    both = {**GOOD, **adapter(1, 2, 3, key="1", outputs=1)}
+    for tensors in (GOOD, both):
+        assert update_fault(update("a", 0, tensors), "a", set(), expected) is None
+    part = {name: tensor for name, tensor in both.items() if name != "head.1.bias"}
+    assert update_fault(update("a", 0, part), "a", set(), expected) == "tensor head.1.bias is missing"

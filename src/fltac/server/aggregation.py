@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fltac.records import Adapter, FloatArray, Update
+
+BLOCK = 128
+"""Adapters gathered at a time."""
 
 
 def weights_of(updates: Sequence[Update], weighting: Literal["examples", "uniform"]) -> list[float]:
@@ -24,12 +28,20 @@ def mean_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
         Each tensor averaged, in float64, over those adapters that have it: heads of different keys are never
         mixed. Float32, in the order of first occurrence.
     """
-    names = dict.fromkeys(name for adapter in adapters for name in adapter)
-    out: dict[str, FloatArray] = {}
-    for name in names:
-        held = [(weight, adapter[name]) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter]
-        total = np.zeros(held[0][1].shape, dtype=np.float64)
-        for weight, tensor in held:
-            total += weight * tensor
-        out[name] = (total / sum(weight for weight, _ in held)).astype(np.float32)
-    return out
+    totals: dict[str, NDArray[np.float64]] = {}
+    shares = dict.fromkeys((name for adapter in adapters for name in adapter), 0.0)
+    # Some adapters at a time, with all their tensors: those of one lie close together.
+    for start in range(0, len(adapters), BLOCK):
+        part, given = adapters[start : start + BLOCK], weights[start : start + BLOCK]
+        for name in shares:
+            held = [tensor for adapter in part if (tensor := adapter.get(name)) is not None]
+            if not held:
+                continue
+            missing = len(held) < len(part)
+            own = [weight for adapter, weight in zip(part, given, strict=True) if name in adapter] if missing else given
+            share = np.array(own, dtype=np.float64)
+            rows = np.concatenate(held).reshape(len(held), -1)
+            total = totals.setdefault(name, np.zeros(held[0].shape, dtype=np.float64))
+            total += (share @ rows.astype(np.float64)).reshape(total.shape)
+            shares[name] += float(share.sum())
+    return {name: (totals[name] / share).astype(np.float32) for name, share in shares.items()}

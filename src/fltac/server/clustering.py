@@ -1,24 +1,31 @@
 """K-means, plain and with cannot-link: adapters of one client belong to different tasks by construction.
 
-The constrained assignment step is one minimum-cost matching for each client (Hungarian method), so that its
-slots fall into different clusters. A client with more slots than clusters fills each cluster at most
-ceil(slots / K) times.
+The constrained assignment step is one minimum-cost matching for each client, so that its slots fall into different
+clusters. A client with more slots than clusters fills each cluster at most ceil(slots / K) times.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_score
 
 Labels = NDArray[np.int64]
 Points = NDArray[np.floating]
 
 ITERATIONS = 100
+SAMPLE = 2000
+"""Points from which many starts are tried, and whose silhouette is taken; all points up to this many."""
+ARRANGEMENTS = 720
+"""Up to so many ways to place a client's points they are all compared, for many clients at once."""
+BLOCK = 2**18
+"""Numbers of an intermediate result at a time."""
 
 
 def group(points: Points, k: int, owners: Sequence[str] | None, starts: int, seed: int) -> Labels:
@@ -28,7 +35,8 @@ def group(points: Points, k: int, owners: Sequence[str] | None, starts: int, see
         points: ``[n, d]``.
         k: Number of clusters; where there are fewer points, each is alone.
         owners: For each point whose it is, for cannot-link; None without.
-        starts: Seeded starts; the solution with the least sum of squares wins.
+        starts: Seeded starts; the solution with the least sum of squares wins. Of more than ``SAMPLE`` points
+            they are tried on a seeded sample (whole owners, for cannot-link), and the best goes on with all points.
         seed: Of all starts.
 
     Returns:
@@ -36,31 +44,55 @@ def group(points: Points, k: int, owners: Sequence[str] | None, starts: int, see
     """
     if len(points) <= k:
         return np.arange(len(points))
-    plain = _plain(points, k, starts, seed)
+    rows = _sample(len(points), owners, seed)
+    part, small = points[rows], len(rows) < len(points)
+    plain = _plain(part, k, "k-means++", starts, seed)
+    if small:
+        plain = _plain(points, k, _means(part, plain, part[:k]), 1, seed)
     if owners is None:
         return plain
-    members = [np.flatnonzero(np.asarray(owners) == owner) for owner in dict.fromkeys(owners)]
-    centres = [_means(points, plain, np.zeros((k, points.shape[1])))]
     state = np.random.RandomState(seed % 2**32)
-    centres += [kmeans_plusplus(points, k, random_state=state)[0] for _ in range(starts)]
-    solutions = [_constrained(points, start, members) for start in centres]
-    return min(solutions, key=lambda solution: solution[1])[0]
+    seeds = [kmeans_plusplus(part, k, random_state=state)[0] for _ in range(starts)]
+    if small:
+        own = teams_of([owners[row] for row in rows])
+        labels = min((_constrained(part, start, own) for start in seeds), key=_objective)[0]
+        seeds = [_means(part, labels, part[:k])]
+    teams = teams_of(owners)
+    centres = [_means(points, plain, np.zeros((k, points.shape[1]))), *seeds]
+    return min((_constrained(points, start, teams) for start in centres), key=_objective)[0]
 
 
-def _plain(points: Points, k: int, starts: int, seed: int) -> Labels:
+def _sample(n: int, owners: Sequence[str] | None, seed: int) -> Labels:
+    """Seeded points to try starts on, in their order: all if they are few, all of an owner or none."""
+    if n <= SAMPLE:
+        return np.arange(n)
+    draw = np.random.default_rng(seed)
+    if owners is None:
+        return np.sort(draw.permutation(n)[:SAMPLE])
+    names, of = np.unique(np.asarray(owners), return_inverse=True)
+    order = draw.permutation(len(names))
+    enough = np.searchsorted(np.cumsum(np.bincount(of)[order]), SAMPLE) + 1
+    return np.flatnonzero(np.isin(of, order[:enough]))
+
+
+def _objective(solution: tuple[Labels, float]) -> float:
+    return solution[1]
+
+
+def _plain(points: Points, k: int, init: Any, starts: int, seed: int) -> Labels:
     with warnings.catch_warnings():
         # Fewer distinct points than clusters is a case of its own, not a fault: some clusters stay empty.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(k, n_init=starts, random_state=seed % 2**32).fit_predict(points)
+        found = KMeans(k, init=init, n_init=starts, random_state=seed % 2**32).fit_predict(points)
     return np.asarray(found, dtype=np.int64)
 
 
-def _constrained(points: Points, centres: Points, members: Sequence[Labels]) -> tuple[Labels, float]:
+def _constrained(points: Points, centres: Points, teams: Sequence[Labels]) -> tuple[Labels, float]:
     """Lloyd's iterations with one matching a client; returns labels and the sum of squared distances."""
     labels = np.full(len(points), -1, dtype=np.int64)
     for _ in range(ITERATIONS):
         costs = squared_distances(points, centres)
-        assigned = assign_distinct(costs, members)
+        assigned = assign_distinct(costs, teams)
         if (assigned == labels).all():
             break
         labels = assigned
@@ -69,25 +101,46 @@ def _constrained(points: Points, centres: Points, members: Sequence[Labels]) -> 
     return labels, float(costs[np.arange(len(points)), labels].sum())
 
 
-def assign_distinct(costs: Points, members: Sequence[Labels]) -> Labels:
+def teams_of(owners: Sequence[str]) -> list[Labels]:
+    """The indices of each owner's points, owners with equally many together: int64 ``[owners, points]`` each."""
+    _, of, counts = np.unique(np.asarray(owners), return_inverse=True, return_counts=True)
+    by_owner = np.split(np.argsort(of, kind="stable"), np.cumsum(counts)[:-1])
+    return [np.array([rows for rows in by_owner if len(rows) == size]) for size in np.unique(counts)]
+
+
+def assign_distinct(costs: Points, teams: Sequence[Labels]) -> Labels:
     """Assigns each client's points to different clusters at least cost.
 
     Args:
         costs: ``[n, k]``.
-        members: For each client the indices of its points; together all n.
+        teams: As :func:`teams_of` gives them; together all n points.
 
     Returns:
-        int64 ``[n]``.
+        int64 ``[n]``. Where a client's cheapest clusters are all different they are the answer; only the others
+        need a matching.
     """
-    n, k = costs.shape
-    labels = np.empty(n, dtype=np.int64)
-    for rows in members:
-        own = costs[rows]
-        if len(rows) > k:
-            own = np.tile(own, (1, -(-len(rows) // k)))
-        chosen_rows, chosen = linear_sum_assignment(own)
-        labels[rows[chosen_rows]] = chosen % k
+    labels = np.asarray(costs.argmin(axis=1), dtype=np.int64)
+    for rows in teams:
+        wanted = np.sort(labels[rows], axis=1)
+        clash = rows[(wanted[:, 1:] == wanted[:, :-1]).any(axis=1)]
+        if len(clash):
+            labels[clash] = _matchings(costs[clash])
     return labels
+
+
+def _matchings(costs: Points) -> Labels:
+    """The cheapest placement of each client's points: ``[clients, points, k]`` to int64 ``[clients, points]``."""
+    clients, size, k = costs.shape
+    if size <= k and math.perm(k, size) <= ARRANGEMENTS:
+        ways = np.array(list(permutations(range(k), size)))
+        out = np.empty((clients, size), dtype=np.int64)
+        for start in range(0, clients, BLOCK // len(ways)):
+            block = slice(start, start + BLOCK // len(ways))
+            totals = sum(costs[block, point][:, ways[:, point]] for point in range(size))
+            out[block] = ways[np.argmin(totals, axis=1)]
+        return out
+    copies = -(-size // k)
+    return np.array([linear_sum_assignment(np.tile(own, (1, copies)))[1] % k for own in costs])
 
 
 def squared_distances(points: Points, centres: Points) -> Points:
@@ -105,9 +158,28 @@ def _means(points: Points, labels: Labels, previous: Points) -> Points:
     return centres
 
 
-def silhouette(points: Points, labels: Labels) -> float | None:
-    """Mean silhouette; None for fewer than two clusters or as many as points, where it is not defined."""
-    count = len(np.unique(labels))
-    if not 2 <= count < len(points):
+def silhouette(points: Points, labels: Labels, seed: int) -> float | None:
+    """Mean silhouette; None for fewer than two clusters or as many as points, where it is not defined.
+
+    Of more than ``SAMPLE`` points, the mean over a seeded sample of them, each compared with all points.
+    """
+    names, own = np.unique(labels, return_inverse=True)
+    n, count = len(points), len(names)
+    if not 2 <= count < n:
         return None
-    return float(silhouette_score(points, labels))
+    rows = np.sort(np.random.default_rng(seed).permutation(n)[:SAMPLE])
+    members = np.eye(count)[own]  # [n, count]
+    sizes = members.sum(axis=0)
+    total = 0.0
+    for start in range(0, len(rows), max(1, BLOCK // n)):
+        block = rows[start : start + max(1, BLOCK // n)]
+        sums = np.sqrt(squared_distances(points[block], points)) @ members  # [block, count]
+        mine = (np.arange(len(block)), own[block])
+        # A point's distance to itself is rounding at most; it is not one of the others.
+        inside = sums[mine] / np.maximum(sizes[own[block]] - 1, 1)
+        means = sums / sizes
+        means[mine] = np.inf
+        outside = means.min(axis=1)
+        value = (outside - inside) / np.maximum(np.maximum(inside, outside), 1e-300)
+        total += float(value[sizes[own[block]] > 1].sum())
+    return total / len(rows)

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fltac.config import ServerSettings
-from fltac.records import Adapter, ServerState, SlotKey, Update
+from fltac.records import ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
+from fltac.server.changes import Changes
 from fltac.server.clustering import Points, group, silhouette
-from fltac.server.similarity import embedding, flattened, kernel
+from fltac.server.similarity import distance_sketches, embedding
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class Evidence:
         state: The server before this round.
         round_number: This round.
         updates: Checked, sorted by (client, slot), at least one.
-        memory: What each slot ever seen has learned, this round included; empty for rules that do not accumulate.
+        changes: What each slot ever seen has learned, this round included; None for rules that do not accumulate.
         groups: Opaque group numbers, for the rule ``given`` alone.
     """
 
     state: ServerState
     round_number: int
     updates: Sequence[Update]
-    memory: Mapping[SlotKey, Adapter]
+    changes: Changes | None
     groups: Mapping[SlotKey, int] | None
 
 
@@ -53,17 +54,19 @@ def group_slots(evidence: Evidence, settings: ServerSettings) -> Grouping:
 
 
 def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """Algorithm 3 of arXiv 2404.15384: K-means over this round's uploads, flattened."""
+    """Algorithm 3 of arXiv 2404.15384: K-means over this round's uploads, flattened; of many, their sketches."""
     adapters = [update.adapter for update in evidence.updates]
-    points = flattened(adapters, settings.clustering.head)
+    seed = derive(settings.seed, "embedding", evidence.round_number)
+    points = distance_sketches(adapters, settings.clustering.head, seed)
     return _grouped([update.key for update in evidence.updates], points, evidence, settings)
 
 
 def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     """K-means over the top-K eigenvectors of the kernel of all that each slot has learned; all known slots."""
-    keys = sorted(evidence.memory)
-    similarity = kernel(evidence.memory, keys, settings.clustering.head)
-    return _grouped(keys, embedding(similarity, settings.k), evidence, settings)
+    assert evidence.changes is not None, "the rule 'spectral' accumulates"
+    seed = derive(settings.seed, "embedding", evidence.round_number)
+    points = embedding(evidence.changes, settings.clustering.head, settings.k, seed)
+    return _grouped(evidence.changes.keys, points, evidence, settings)
 
 
 def _grouped(keys: Sequence[SlotKey], points: Points, evidence: Evidence, settings: ServerSettings) -> Grouping:
@@ -72,7 +75,7 @@ def _grouped(keys: Sequence[SlotKey], points: Points, evidence: Evidence, settin
     seed = derive(settings.seed, "clustering", evidence.round_number)
     labels = group(points, settings.k, owners, rule.starts, seed)
     found = {key: int(label) for key, label in zip(keys, labels, strict=True)}
-    return Grouping(found, identities=False, clustered=True, silhouette=silhouette(points, labels))
+    return Grouping(found, identities=False, clustered=True, silhouette=silhouette(points, labels, seed))
 
 
 def _single(evidence: Evidence, _: ServerSettings) -> Grouping:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from fltac.config import ServerSettings
 from fltac.records import (
@@ -23,9 +24,9 @@ from fltac.records import (
 )
 from fltac.seeding import generator
 from fltac.server.aggregation import mean_adapter, weights_of
+from fltac.server.changes import received_by, remember
 from fltac.server.grouping import ACCUMULATING, Evidence, Grouping, group_slots
 from fltac.server.matching import match_clusters
-from fltac.server.similarity import accumulated, learned
 from fltac.server.validation import accept_updates
 
 HEAD_DEVIATION = 0.02
@@ -125,30 +126,22 @@ def finish_round(
     if not updates:
         nothing = RoundReport(number, cohort, 0, tuple(rejections), None, None)
         return replace(state, round_number=number), nothing
-    memory = _remember(state, updates, settings) if settings.clustering.rule in ACCUMULATING else state.memory
-    grouping = group_slots(Evidence(state, number, updates, memory, groups), settings)
-    clusters = _clusters(state, updates, grouping, settings)
+    rule = settings.clustering
+    changes = remember(state, updates, rule.memory, settings.seed) if rule.rule in ACCUMULATING else None
+    # Its products are small: more threads would wait for each other, and their number would change rounding.
+    with threadpool_limits(1):
+        grouping = group_slots(Evidence(state, number, updates, changes, groups), settings)
+        clusters = _clusters(state, updates, grouping, settings)
     after = ServerState(
         round_number=number,
         initial=state.initial,
         clients=state.clients,
         clusters=clusters,
-        memory=memory,
+        memory=state.memory if changes is None else changes.memory(),
         next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
     )
     k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None
     return after, RoundReport(number, cohort, len(updates), tuple(rejections), k, grouping.silhouette)
-
-
-def _remember(state: ServerState, updates: Sequence[Update], settings: ServerSettings) -> dict[SlotKey, Adapter]:
-    """Adds to each slot's memory what it has learned since this round began."""
-    memory = dict(state.memory)
-    received = _received(state)
-    for update in updates:
-        # A client takes a head that its cluster's adapter lacks from v0.
-        change = learned({**state.initial, **received.get(update.key, {})}, update.adapter)
-        memory[update.key] = accumulated(memory.get(update.key), change, settings.clustering.memory)
-    return dict(sorted(memory.items()))
 
 
 @dataclass(frozen=True)
@@ -165,7 +158,7 @@ def _clusters(
 ) -> tuple[Cluster, ...]:
     """The clusters after the round: members, means, identities; clusters without members keep their adapter."""
     by_key = {update.key: update for update in updates}
-    received = _received(state)
+    received = received_by(state)
     groups: dict[int, list[_Member]] = {}
     for key, label in sorted(grouping.labels.items()):
         update = by_key.get(key)
@@ -183,19 +176,16 @@ def _clusters(
 
 def _mean(members: Sequence[_Member], settings: ServerSettings) -> Adapter:
     """Over this round's updates; what none of them has (a head, or everything) is the mean of what slots hold."""
-    held = mean_adapter([member.adapter for member in members], [1.0] * len(members))
     updates = [member.update for member in members if member.update is not None]
-    if not updates:
-        return held
-    weights = weights_of(updates, settings.aggregation.weighting)
-    return {**held, **mean_adapter([update.adapter for update in updates], weights)}
+    mean: Adapter = {}
+    if updates:
+        weights = weights_of(updates, settings.aggregation.weighting)
+        mean = mean_adapter([update.adapter for update in updates], weights)
+    rest = [{name: tensor for name, tensor in member.adapter.items() if name not in mean} for member in members]
+    return {**mean, **mean_adapter(rest, [1.0] * len(rest))}
 
 
 def _with_old_heads(mean: Adapter, before: Adapter | None) -> Adapter:
     """A head that no update of this round had stays as it was, for members that were not asked."""
     missing = {name: tensor for name, tensor in (before or {}).items() if name not in mean}
     return {**mean, **missing}
-
-
-def _received(state: ServerState) -> dict[SlotKey, Adapter]:
-    return {key: cluster.adapter for cluster in state.clusters for key in cluster.members}

@@ -1,23 +1,33 @@
-"""What is compared between uploads: flattened factors (the paper), or kernels of what was learned.
+"""What is compared between slots: flattened factors (the paper), or a kernel of what was learned.
 
-The kernel of two low-rank changes is the inner product of the products, taken without forming them:
-``<dW_i, dW_j> = sum[(B_i^T B_j) * (A_i A_j^T)]``. It does not change under ``A -> R A, B -> B R^-1`` and
-compares different ranks. The common factor alpha / r cancels in a cosine.
+The kernel is the cosine of the change of the product ``B A``, averaged over the adapted matrices, plus that of the
+heads' changes. Each matrix is normalised before it is added, so that no loud layer decides alone. It does not change
+under ``A -> R A, B -> B R^-1``, compares different ranks, and the common factor alpha / r cancels. Products are
+compared through their sketches (``server.sketch``).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fltac.records import LORA_A, LORA_B, Adapter, FloatArray, SlotKey, head_keys, is_head, lora_modules
+from fltac.records import Adapter, FloatArray, is_head
+from fltac.seeding import generator
+from fltac.server.changes import BLOCK, Changes
+from fltac.server.sketch import VectorSketch
 
 Matrix = NDArray[np.float64]
 
-RANK_LIMIT = 16
-"""A memory whose rank outgrows this is cut to its largest singular values; four rounds of rank 2 stay exact."""
-BLOCK = 128
-"""Slots compared at a time with all others, so that no [n * rank, n * rank] matrix is formed."""
+WHOLE = 512
+"""Up to so many slots all pairs are compared and all adapters flattened; above, no matrix of either kind is formed."""
+DISTANCE_WIDTH = 2048
+"""Numbers kept of a flattened adapter where there are many."""
+OVERSAMPLING = 10
+"""Vectors iterated beyond those wanted."""
+ITERATIONS = 50
+TOLERANCE = 1e-3
+"""Largest residual of a singular vector, relative to its squared singular value."""
 
 
 def flattened(adapters: Sequence[Adapter], head: bool) -> FloatArray:
@@ -25,139 +35,160 @@ def flattened(adapters: Sequence[Adapter], head: bool) -> FloatArray:
 
     With ``head``, heads are part of it; a head that another adapter has and this one lacks counts as zeros.
     """
-    shapes = {
-        name: tensor.shape for adapter in adapters for name, tensor in adapter.items() if head or not is_head(name)
-    }
-    rows = [
-        np.concatenate(
-            [np.ravel(adapter[name]) if name in adapter else np.zeros(shapes[name]).ravel() for name in sorted(shapes)]
-        )
-        for adapter in adapters
-    ]
-    return np.asarray(rows, dtype=np.float32)
+    return _rows(adapters, _shapes(adapters, head))
 
 
-def learned(before: Adapter, after: Adapter) -> dict[str, FloatArray]:
-    """What a round added, as one adapter of twice the rank whose product is ``B1 A1 - B0 A0``; heads subtracted.
+def _shapes(adapters: Sequence[Adapter], head: bool) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for adapter in adapters for name, tensor in adapter.items() if head or not is_head(name)}
 
-    Args:
-        before: What the slot continued from; heads that it lacks count as zeros.
-        after: What the slot uploaded.
-    """
-    out: dict[str, FloatArray] = {}
-    for module in lora_modules(after):
-        out[module + LORA_A] = np.concatenate([after[module + LORA_A], before[module + LORA_A]], axis=0)
-        out[module + LORA_B] = np.concatenate([after[module + LORA_B], -before[module + LORA_B]], axis=1)
-    for name, tensor in after.items():
-        if is_head(name):
-            out[name] = tensor - before[name] if name in before else np.asarray(tensor)
+
+def _rows(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> FloatArray:
+    sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
+    out = np.zeros((len(adapters), sum(sizes.values())), dtype=np.float32)
+    for row, adapter in zip(out, adapters, strict=True):
+        end = 0
+        for name, size in sizes.items():
+            start, end = end, end + size
+            if name in adapter:
+                row[start:end] = adapter[name].ravel()
     return out
 
 
-def accumulated(memory: Adapter | None, change: Adapter, decay: float) -> dict[str, FloatArray]:
-    """``decay * memory + change``, products and heads alike; ranks add up to ``RANK_LIMIT``."""
-    if memory is None:
-        memory = {}
-    out: dict[str, FloatArray] = {}
-    for module in lora_modules(change):
-        a, b = change[module + LORA_A], change[module + LORA_B]
-        if module + LORA_A in memory:
-            a = np.concatenate([memory[module + LORA_A], a], axis=0)
-            b = np.concatenate([decay * memory[module + LORA_B], b], axis=1)
-        out[module + LORA_A], out[module + LORA_B] = truncated(a, b, RANK_LIMIT)
-    for name in sorted({name for adapter in (memory, change) for name in adapter if is_head(name)}):
-        parts = [scale * held[name] for scale, held in ((decay, memory), (1.0, change)) if name in held]
-        out[name] = np.asarray(sum(parts), dtype=np.float32)
+def distance_sketches(adapters: Sequence[Adapter], head: bool, seed: int) -> FloatArray:
+    """Points as far from each other as the flattened adapters: these themselves, or sketches of many or long ones.
+
+    Args:
+        adapters: n of them.
+        head: As for :func:`flattened`.
+        seed: Of the sketches.
+
+    Returns:
+        float32 ``[n, d]``. Squared distances of sketches are right to about ``sqrt(2 / DISTANCE_WIDTH)``, 3 %.
+    """
+    if len(adapters) <= WHOLE:
+        return flattened(adapters, head)
+    shapes = _shapes(adapters, head)
+    size = sum(math.prod(shape) for shape in shapes.values())
+    sketch = VectorSketch.draw(seed, "adapter", size, DISTANCE_WIDTH)
+    step = max(1, BLOCK * 4 // size)
+    out = np.empty((len(adapters), sketch.width), dtype=np.float32)
+    for start in range(0, len(adapters), step):
+        out[start : start + step] = sketch(_rows(adapters[start : start + step], shapes))
     return out
 
 
-def truncated(a: FloatArray, b: FloatArray, rank: int) -> tuple[FloatArray, FloatArray]:
-    """The best approximation of ``b @ a`` of at most a rank, as factors.
+class Features:
+    """Rows whose inner products are the kernel, made a few at a time from what the slots have learned.
 
-    Args:
-        a: ``[R, in]``.
-        b: ``[out, R]``.
-        rank: The largest rank to return.
-
-    Returns:
-        Factors ``[r, in]`` and ``[out, r]``, unchanged where R is small enough.
+    Heads of different keys have columns of their own, so that their cosine is 0.
     """
-    if len(a) <= rank:
-        return a, np.asarray(b, dtype=np.float32)
-    qb, rb = np.linalg.qr(b.astype(np.float64))
-    qa, ra = np.linalg.qr(a.T.astype(np.float64))
-    u, singular, vt = np.linalg.svd(rb @ ra.T)
-    keep = min(rank, len(singular))
-    left = (qb @ u[:, :keep]) * singular[:keep]
-    return (vt[:keep] @ qa.T).astype(np.float32), left.astype(np.float32)
+
+    def __init__(self, changes: Changes, head: bool) -> None:
+        """Args:
+        changes: What each of n slots has learned.
+        head: Add the cosine of the heads' change.
+        """
+        n, modules = len(changes.keys), changes.modules
+        self._changes = changes
+        self._heads = list(changes.heads.values()) if head else []
+        self._scales = np.empty((n, len(modules)), dtype=np.float32)
+        for module, columns in enumerate(modules):
+            self._scales[:, module] = _scale(_squares(changes.body[:, columns]), 1.0 / len(modules))
+        self._widths = [columns.stop - columns.start for columns in modules]
+        squares = np.zeros(n)
+        for heads in self._heads:
+            squares[heads.rows] += _squares(heads.values)
+        self._head_scale = _scale(squares, 1.0)
+        self.shape = (n, changes.body.shape[1] + sum(heads.values.shape[1] for heads in self._heads))
+
+    def block(self, start: int, stop: int) -> FloatArray:
+        """Rows of a range: float32 ``[stop - start, width]``."""
+        out = np.zeros((stop - start, self.shape[1]), dtype=np.float32)
+        end = self._changes.body.shape[1]
+        scales = np.repeat(self._scales[start:stop], self._widths, axis=1)
+        np.multiply(self._changes.body[start:stop], scales, out=out[:, :end])
+        for heads in self._heads:
+            begin, end = end, end + heads.values.shape[1]
+            part = slice(*np.searchsorted(heads.rows, (start, stop)))
+            rows = heads.rows[part]
+            out[rows - start, begin:end] = heads.values[part] * self._head_scale[rows, None]
+        return out
+
+    def gram(self) -> Matrix:
+        """The kernel: float64 ``[n, n]``, matrix by matrix, so that nothing of the size of all rows is made."""
+        total = np.zeros((self.shape[0], self.shape[0]))
+        for scale, columns in zip(self._scales.T, self._changes.modules, strict=True):
+            values = self._changes.body[:, columns]
+            total += (values @ values.T) * np.outer(scale, scale)
+        for heads in self._heads:
+            scale = self._head_scale[heads.rows]
+            total[np.ix_(heads.rows, heads.rows)] += (heads.values @ heads.values.T) * np.outer(scale, scale)
+        return total
+
+    def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
+        """All rows, some at a time."""
+        step = max(1, 2 * BLOCK // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            yield slice(start, stop), self.block(start, stop)
 
 
-def product_gram(factors: Sequence[tuple[FloatArray, FloatArray]]) -> Matrix:
-    """``<B_i A_i, B_j A_j>`` for all pairs: float64 ``[n, n]``.
-
-    Args:
-        factors: For each of n slots A ``[r, in]`` and B ``[out, r]``; the ranks may differ.
-    """
-    n, rank = len(factors), max(len(a) for a, _ in factors)
-    # In float64: a change is the small difference of large products.
-    a_all = np.zeros((n, rank, factors[0][0].shape[1]))
-    b_all = np.zeros((n, rank, factors[0][1].shape[0]))
-    for index, (a, b) in enumerate(factors):
-        a_all[index, : len(a)], b_all[index, : len(a)] = a, b.T
-    a_rows, b_rows = a_all.reshape(n * rank, -1), b_all.reshape(n * rank, -1)
-    out = np.empty((n, n))
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        part = slice(start * rank, stop * rank)
-        products = (b_rows[part] @ b_rows.T) * (a_rows[part] @ a_rows.T)  # [block * rank, n * rank]
-        out[start:stop] = products.reshape(stop - start, rank, n, rank).sum(axis=(1, 3))
-    return (out + out.T) / 2
+def _squares(values: FloatArray) -> Matrix:
+    return np.asarray(np.einsum("nw,nw->n", values, values, dtype=np.float64))
 
 
-def cosine(gram: Matrix) -> Matrix:
-    """A Gram matrix with its diagonal scaled to 1; rows of a slot that learned nothing are 0."""
-    norm = np.sqrt(np.clip(np.diag(gram), 0.0, None))
-    inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 1e-12)
-    return np.asarray(gram * inverse[:, None] * inverse[None, :])
+def _scale(squares: Matrix, weight: float) -> FloatArray:
+    """Root of the weight over the norm; 0 for a slot that learned nothing."""
+    norms = np.sqrt(squares)
+    scale = np.divide(weight**0.5, norms, out=np.zeros_like(norms), where=norms > 1e-12)
+    return np.asarray(scale, dtype=np.float32)
 
 
-def kernel(memory: Mapping[SlotKey, Adapter], keys: Sequence[SlotKey], head: bool) -> Matrix:
-    """Similarity of slots: the cosine of the products, averaged over the adapted matrices, plus that of the heads.
-
-    Each matrix is normalised before it is added, so that no loud layer decides alone.
-
-    Args:
-        memory: What each slot has learned.
-        keys: Which slots, in the order of the rows.
-        head: Add the cosine of the heads' change; heads of different keys have cosine 0.
-
-    Returns:
-        float64 ``[n, n]``, symmetric, positive semi-definite.
-    """
-    held = [memory[key] for key in keys]
-    modules = lora_modules(held[0])
-    total = np.zeros((len(keys), len(keys)))
-    for module in modules:
-        factors = [(adapter[module + LORA_A], adapter[module + LORA_B]) for adapter in held]
-        total += cosine(product_gram(factors)) / len(modules)
-    if head and any(head_keys(adapter) for adapter in held):
-        flat = flattened([{n: t for n, t in adapter.items() if is_head(n)} for adapter in held], head=True)
-        rows = flat.astype(np.float64)
-        total += cosine(rows @ rows.T)
-    return total
+def kernel(changes: Changes, head: bool) -> Matrix:
+    """The similarity of all pairs: float64 ``[n, n]``, symmetric, positive semi-definite."""
+    return Features(changes, head).gram()
 
 
-def embedding(similarity: Matrix, dimensions: int) -> Matrix:
+def embedding(changes: Changes, head: bool, dimensions: int, seed: int) -> Matrix:
     """Rows whose inner products approximate the kernel: its top eigenvectors, scaled by the roots of the values.
 
     Args:
-        similarity: ``[n, n]`` symmetric.
+        changes: What each of n slots has learned.
+        head: Add the cosine of the heads' change.
         dimensions: How many eigenvectors; at most n are used.
+        seed: Of the vectors that the iteration for many slots begins with.
 
     Returns:
         ``[n, dimensions]``. Truncation matters: the small eigenvalues hold each slot's own noise.
     """
-    values, vectors = np.linalg.eigh(similarity)
+    if len(changes.keys) > WHOLE:
+        return principal(Features(changes, head), dimensions, seed)
+    values, vectors = np.linalg.eigh(kernel(changes, head))
     top = slice(max(0, len(values) - dimensions), None)
     scaled = vectors[:, top] * np.sqrt(np.clip(values[top], 0.0, None))
     return np.asarray(scaled[:, ::-1])
+
+
+def principal(features: Features, dimensions: int, seed: int) -> Matrix:
+    """The same without an ``[n, n]`` matrix: the rows' projections on their leading right singular vectors.
+
+    Subspace iteration with Rayleigh-Ritz, one pass over the rows for each step.
+    """
+    n, width = features.shape
+    size = min(n, width, dimensions + OVERSAMPLING)
+    basis = generator(seed, "subspace").standard_normal((width, size), dtype=np.float32)
+    points = np.empty((n, size), dtype=np.float32)
+    for _ in range(ITERATIONS):
+        basis = np.linalg.qr(basis)[0]
+        image = np.zeros_like(basis)
+        for rows, block in features.blocks():
+            points[rows] = block @ basis
+            image += block.T @ points[rows]
+        small = basis.T.astype(np.float64) @ image
+        values, turn = np.linalg.eigh((small + small.T) / 2)
+        values, turn = values[::-1][:dimensions], turn[:, ::-1][:, :dimensions]
+        residuals = np.linalg.norm(image @ turn - (basis @ turn) * values, axis=0)
+        if (residuals <= TOLERANCE * values).all():
+            break
+        basis = image
+    return np.asarray(points @ turn)

@@ -4,10 +4,38 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fltac.records import HEAD, Adapter, Rejection, Reply, Update, head_keys, is_head
+from fltac.records import Adapter, Rejection, Reply, Update, is_head
 
 LARGEST = 1e6
 """An upload with a larger number has diverged, and its square would leave float32's accuracy in a mean."""
+
+
+FLOAT32 = np.dtype(np.float32)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Expected:
+    """The names and shapes that an upload has to have: v0's body, and those of v0's heads of which it holds a part."""
+
+    def __init__(self, initial: Adapter) -> None:
+        self._body = {name: tensor.shape for name, tensor in initial.items() if not is_head(name)}
+        self._heads: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, tensor in initial.items():
+            if is_head(name):
+                self._heads.setdefault(name.rpartition(".")[0], {})[name] = tensor.shape
+        self._whole: dict[tuple[str, ...], Shapes] = {}
+
+    def of(self, adapter: Adapter) -> Shapes:
+        """By name; without any head for an adapter that lacks all of v0's."""
+        held = tuple(head for head, parts in self._heads.items() if any(name in adapter for name in parts))
+        if held not in self._whole:
+            self._whole[held] = self._body | {name: shape for head in held for name, shape in self._heads[head].items()}
+        return self._whole[held]
+
+    def lacks_head(self, shapes: Shapes) -> bool:
+        """Whether v0 has heads and these shapes of an upload none."""
+        return bool(self._heads) and len(shapes) == len(self._body)
 
 
 def accept_updates(
@@ -26,16 +54,17 @@ def accept_updates(
     """
     updates: list[Update] = []
     rejections: list[Rejection] = []
+    asked, expected = frozenset(cohort), Expected(initial)
     answered: set[str] = set()
     for reply in sorted(replies, key=lambda reply: reply.client):
-        reason = _reply_fault(reply, cohort, answered)
+        reason = _reply_fault(reply, asked, answered)
         answered.add(reply.client)
         if reason is not None:
             rejections.append(Rejection(reply.client, None, reason))
             continue
         seen: set[int] = set()
         for update in reply.updates:
-            fault = update_fault(update, reply.client, seen, initial)
+            fault = update_fault(update, reply.client, seen, expected)
             seen.add(update.slot)
             if fault is None:
                 updates.append(update)
@@ -46,7 +75,7 @@ def accept_updates(
     return sorted(updates, key=lambda update: update.key), rejections
 
 
-def _reply_fault(reply: Reply, cohort: Sequence[str], answered: set[str]) -> str | None:
+def _reply_fault(reply: Reply, cohort: frozenset[str], answered: set[str]) -> str | None:
     if reply.client not in cohort:
         return "was not asked in this round"
     if reply.client in answered:
@@ -54,14 +83,14 @@ def _reply_fault(reply: Reply, cohort: Sequence[str], answered: set[str]) -> str
     return reply.error
 
 
-def update_fault(update: Update, client: str, seen: set[int], initial: Adapter) -> str | None:
+def update_fault(update: Update, client: str, seen: set[int], expected: Expected) -> str | None:
     """Says in one line why an update cannot be used; None if it can.
 
     Args:
         update: As decoded.
         client: Whose reply it came in.
         seen: Slots of the same reply that came before.
-        initial: v0.
+        expected: From v0.
     """
     if update.client != client:
         return f"slot {update.slot} claims to be of client {update.client!r}"
@@ -71,36 +100,41 @@ def update_fault(update: Update, client: str, seen: set[int], initial: Adapter) 
         return f"slot {update.slot} occurs twice"
     if update.examples < 1:
         return f"examples is {update.examples}; allowed are numbers from 1"
-    return _adapter_fault(update.adapter, initial)
+    return _adapter_fault(update.adapter, expected)
 
 
-def _adapter_fault(adapter: Adapter, initial: Adapter) -> str | None:
-    expected = expected_shapes(adapter, initial)
-    for name, shape in expected.items():
-        if name not in adapter:
-            return f"tensor {name} is missing"
-        if adapter[name].shape != shape:
-            return f"tensor {name} has shape {list(adapter[name].shape)}; expected {list(shape)}"
-    for name in adapter:
-        if name not in expected:
-            return f"tensor {name} is not part of the adapter"
-    for name, tensor in adapter.items():
-        if tensor.dtype != np.float32:
-            return f"tensor {name} is {tensor.dtype}; expected float32"
-        if not np.isfinite(tensor).all():
-            return f"tensor {name} has values that are not finite"
-        if tensor.size and float(np.abs(tensor).max()) > LARGEST:
-            return f"tensor {name} has the value {float(np.abs(tensor).max()):.3g}; allowed are up to {LARGEST:g}"
-    if head_keys(initial) and not head_keys(adapter):
-        return "it has no head"
-    return None
+def _adapter_fault(adapter: Adapter, expected: Expected) -> str | None:
+    shapes = expected.of(adapter)
+    if not _is_sound(adapter, shapes):
+        for name, shape in shapes.items():
+            if name not in adapter:
+                return f"tensor {name} is missing"
+            if adapter[name].shape != shape:
+                return f"tensor {name} has shape {list(adapter[name].shape)}; expected {list(shape)}"
+        for name in adapter:
+            if name not in shapes:
+                return f"tensor {name} is not part of the adapter"
+        for name, tensor in adapter.items():
+            if tensor.dtype != FLOAT32:
+                return f"tensor {name} is {tensor.dtype}; expected float32"
+            if not np.isfinite(tensor).all():
+                return f"tensor {name} has values that are not finite"
+            if tensor.size and float(np.abs(tensor).max()) > LARGEST:
+                return f"tensor {name} has the value {float(np.abs(tensor).max()):.3g}; allowed are up to {LARGEST:g}"
+    return "it has no head" if expected.lacks_head(shapes) else None
 
 
-def expected_shapes(adapter: Adapter, initial: Adapter) -> Mapping[str, tuple[int, ...]]:
-    """v0's body and those of v0's heads of which the adapter holds a part."""
-    held = {name[len(HEAD) :].rpartition(".")[0] for name in adapter if is_head(name)}
-    return {
-        name: tensor.shape
-        for name, tensor in initial.items()
-        if not is_head(name) or name[len(HEAD) :].rpartition(".")[0] in held
-    }
+def _is_sound(adapter: Adapter, shapes: Shapes) -> bool:
+    """True if names, shapes and values are as they have to be, by one fast pass; False says nothing.
+
+    No value can be too large, or not a number, where the sum of the squares is small.
+    """
+    if adapter.keys() != shapes.keys():
+        return False
+    tensors = [adapter[name] for name in shapes]
+    for tensor, shape in zip(tensors, shapes.values(), strict=True):
+        if tensor.shape != shape or tensor.dtype is not FLOAT32:
+            return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.concatenate(tensors, axis=None)
+        return bool(values.dot(values) < LARGEST**2)

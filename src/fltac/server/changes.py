@@ -1,0 +1,192 @@
+"""What each slot has learned since each of its rounds began, summed over the rounds, as sketches of fixed size.
+
+In ``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all adapted matrices one after the
+other, and ``head.<key>`` for each head that it ever sent. Since sketches are linear, adding a round is adding numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fltac.records import (
+    HEAD,
+    LORA_A,
+    LORA_B,
+    Adapter,
+    FloatArray,
+    ServerState,
+    SlotKey,
+    Update,
+    head_keys,
+    is_head,
+    lora_modules,
+)
+from fltac.server.sketch import ProductSketch, VectorSketch
+
+BODY = "body"
+NARROWEST, WIDEST = 128, 2**13
+"""Numbers kept of an adapted matrix: many where slots are few and each pair counts, few where slots are many."""
+ROOM = 2**22
+"""Width times the square of the number of clients, between the two."""
+HEAD_WIDTH = 16
+"""A head's sketch is as wide as those of so many matrices, for it counts as much as all of them."""
+BLOCK = 2**18
+"""Numbers gathered at a time, about what the cache holds."""
+
+
+def width_for(clients: int) -> int:
+    """Numbers kept of each adapted matrix of a slot: the fewer, the more clients there are.
+
+    What the slots of a task share grows in the kernel's leading eigenvalues with the number of slots, the error of
+    the sketches with the root of the number over the width.
+    """
+    largest = ROOM // max(1, clients) ** 2
+    return max(NARROWEST, min(WIDEST, 1 << largest.bit_length() >> 1))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The changes of the heads of one key.
+
+    Attributes:
+        rows: int64 ``[m]``: the slots, as indices, that ever sent such a head; sorted.
+        values: float32 ``[m, width]``.
+    """
+
+    rows: NDArray[np.int64]
+    values: FloatArray
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What all slots ever seen have learned.
+
+    Attributes:
+        keys: The slots, sorted.
+        body: float32 ``[n, sum of widths]``.
+        modules: For each adapted matrix its columns of ``body``.
+        heads: By head key.
+    """
+
+    keys: tuple[SlotKey, ...]
+    body: FloatArray
+    modules: tuple[slice, ...]
+    heads: Mapping[str, Heads]
+
+    def memory(self) -> dict[SlotKey, Adapter]:
+        """The same by slot, as ``ServerState`` holds it: views, no copies."""
+        by_slot: list[dict[str, FloatArray]] = [{BODY: row} for row in self.body]
+        for key, heads in self.heads.items():
+            for row, values in zip(heads.rows, heads.values, strict=True):
+                by_slot[row][HEAD + key] = values
+        return dict(zip(self.keys, by_slot, strict=True))
+
+
+def received_by(state: ServerState) -> dict[SlotKey, Adapter]:
+    """The adapter that each slot with a cluster continues from."""
+    return {key: cluster.adapter for cluster in state.clusters for key in cluster.members}
+
+
+def remember(state: ServerState, updates: Sequence[Update], decay: float, seed: int) -> Changes:
+    """Adds to each slot's memory what it has learned since this round began.
+
+    Args:
+        state: Before the round; not changed.
+        updates: Checked, at least one.
+        decay: Weight of what was learned in earlier rounds, for slots with an update.
+        seed: Of the run.
+    """
+    width = width_for(len(state.clients))
+    index = {key: row for row, key in enumerate(sorted(state.memory.keys() | {update.key for update in updates}))}
+    body, modules = _body(state, updates, index, decay, width, seed)
+    held = {name[len(HEAD) :] for tensors in state.memory.values() for name in tensors if is_head(name)}
+    sent = {
+        key for key in head_keys(state.initial) if any(f"{HEAD}{key}.weight" in update.adapter for update in updates)
+    }
+    heads = {key: _heads(key, state, updates, index, decay, width * HEAD_WIDTH, seed) for key in sorted(held | sent)}
+    return Changes(tuple(index), body, modules, heads)
+
+
+def _body(
+    state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int], decay: float, width: int, seed: int
+) -> tuple[FloatArray, tuple[slice, ...]]:
+    """The sketches of all adapted matrices, and each one's columns."""
+    initial, received = state.initial, received_by(state)
+    sketches: dict[str, tuple[ProductSketch, slice]] = {}
+    end = 0
+    for module in lora_modules(initial):
+        outputs, inputs = len(initial[module + LORA_B]), initial[module + LORA_A].shape[1]
+        sketch = ProductSketch.draw(seed, module, outputs, inputs, width)
+        sketches[module] = sketch, slice(end, end + sketch.width)
+        end += sketch.width
+    # The most numbers that one update becomes on the way through a sketch.
+    largest = max(
+        (
+            max(initial[part].size, len(initial[module + LORA_A]) * sketch.width)
+            for module, (sketch, _) in sketches.items()
+            for part in (module + LORA_A, module + LORA_B)
+        ),
+        default=1,
+    )
+    body = np.zeros((len(index), end), dtype=np.float32)
+    updated = {update.key for update in updates}
+    for key, held in state.memory.items():
+        np.multiply(held[BODY], decay if key in updated else 1.0, out=body[index[key]])
+    groups: dict[int, list[Update]] = {}  # those that continued from the same adapter, by its identity
+    for update in updates:
+        groups.setdefault(id(received.get(update.key, initial)), []).append(update)
+    # Some updates at a time, with all their tensors: those of one lie close together.
+    step = max(1, BLOCK // largest)
+    parts = [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
+
+    for part in parts:
+        base = received.get(part[0].key, initial)
+        change = np.empty((len(part), end), dtype=np.float32)
+        for module, (sketch, columns) in sketches.items():
+            change[:, columns] = _matrix_changes(part, base, module, sketch)
+        body[[index[update.key] for update in part]] += change
+    return body, tuple(columns for _, columns in sketches.values())
+
+
+def _matrix_changes(part: Sequence[Update], base: Adapter, module: str, sketch: ProductSketch) -> FloatArray:
+    """The sketches of one matrix's changes since ``base``."""
+    name_a, name_b = module + LORA_A, module + LORA_B
+    a, b = base[name_a], base[name_b]
+    da = np.concatenate([update.adapter[name_a] for update in part]).reshape(len(part), *a.shape) - a
+    db = np.concatenate([update.adapter[name_b] for update in part]).reshape(len(part), *b.shape) - b
+    return sketch.change(b.T, a, db.transpose(0, 2, 1), da)
+
+
+def _heads(
+    key: str,
+    state: ServerState,
+    updates: Sequence[Update],
+    index: Mapping[SlotKey, int],
+    decay: float,
+    width: int,
+    seed: int,
+) -> Heads:
+    """The sketches of the heads of one key."""
+    name, parts = HEAD + key, (HEAD + key + ".weight", HEAD + key + ".bias")
+    received, updated = received_by(state), {update.key for update in updates}
+    sent = [update for update in updates if parts[0] in update.adapter]
+    slots = sorted({slot for slot, held in state.memory.items() if name in held} | {update.key for update in sent})
+    place = {slot: row for row, slot in enumerate(slots)}
+    size = sum(state.initial[part].size for part in parts)
+    sketch = VectorSketch.draw(seed, name, size, width)
+    values = np.zeros((len(slots), sketch.width), dtype=np.float32)
+    for slot in slots:
+        if name in state.memory.get(slot, {}):
+            np.multiply(state.memory[slot][name], decay if slot in updated else 1.0, out=values[place[slot]])
+    step = max(1, BLOCK // size)
+    for start in range(0, len(sent), step):
+        block = np.empty((len(sent[start : start + step]), size), dtype=np.float32)
+        for row, update in zip(block, sent[start : start + step], strict=True):
+            # A client takes a head that its cluster's adapter lacks from v0.
+            base = received.get(update.key, state.initial)
+            change = [update.adapter[part] - base.get(part, state.initial[part]) for part in parts]
+            np.concatenate([tensor.ravel() for tensor in change], out=row)
+        values[[place[update.key] for update in sent[start : start + step]]] += sketch(block)
+    return Heads(np.array([index[slot] for slot in slots], dtype=np.int64), values)

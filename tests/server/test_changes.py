@@ -1,0 +1,95 @@
+"""What the server remembers of each slot: sums over rounds, and sizes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fltac.records import Adapter, Cluster, ServerState
+from fltac.server import changes
+from fltac.server.changes import remember, width_for
+from server.builders import update
+from server.reference import products
+
+SHAPES = {"m.lora_A": (2, 5), "m.lora_B": (4, 2), "n.lora_A": (2, 3), "n.lora_B": (6, 2)}
+
+
+def random_adapter(draw: np.random.Generator, key: str = "2") -> Adapter:
+    shapes = {**SHAPES, f"head.{key}.weight": (int(key), 4), f"head.{key}.bias": (int(key),)}
+    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def first_state(draw: np.random.Generator, clients: int = 2) -> ServerState:
+    initial = {**random_adapter(draw, "2"), **random_adapter(draw, "3")}
+    return ServerState(0, initial, tuple(f"c{number}" for number in range(clients)))
+
+
+def test_memory_sums_with_decay_what_each_round_added() -> None:
+    """Six rounds with bases that change, one slot that is asked every other round and one whose head changes."""
+    draw = np.random.default_rng(7)
+    state = first_state(draw)
+    expected: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+    for number in range(6):
+        keys = [("c0", 0), ("c1", 0)] if number % 2 == 0 else [("c0", 0)]
+        received = {key: cluster.adapter for cluster in state.clusters for key in cluster.members}
+        updates = [update(*key, random_adapter(draw, "2" if key[0] == "c0" else "3")) for key in keys]
+        memory = remember(state, updates, 0.5, seed=0).memory()
+        for item in updates:
+            before = {**state.initial, **received.get(item.key, {})}
+            old = expected.get(item.key, {})
+            change = products(before, item.adapter)
+            expected[item.key] = {name: 0.5 * old.get(name, 0.0) + values for name, values in change.items()}
+        clusters = tuple(
+            Cluster(index, item.adapter, (item.key,)) for index, item in enumerate(sorted(updates, key=lambda u: u.key))
+        )
+        state = replace(state, memory=memory, clusters=clusters)
+    assert list(state.memory) == [("c0", 0), ("c1", 0)]
+    for key, held in expected.items():
+        found = state.memory[key]
+        body = np.concatenate([held["m"], held["n"]])
+        np.testing.assert_allclose(found["body"], body, atol=1e-4)
+        name = "head.2" if key[0] == "c0" else "head.3"
+        assert set(found) == {"body", name}
+        np.testing.assert_allclose(found[name], held[name], atol=1e-5)
+
+
+def test_a_slot_without_an_update_keeps_its_memory_undecayed() -> None:
+    draw = np.random.default_rng(0)
+    state = first_state(draw)
+    one = remember(state, [update("c0", 0, random_adapter(draw)), update("c1", 0, random_adapter(draw))], 0.5, 0)
+    two = remember(replace(state, memory=one.memory()), [update("c0", 0, random_adapter(draw))], 0.5, 0)
+    np.testing.assert_array_equal(two.memory()["c1", 0]["body"], one.memory()["c1", 0]["body"])
+    np.testing.assert_array_equal(two.memory()["c1", 0]["head.2"], one.memory()["c1", 0]["head.2"])
+    assert not np.array_equal(two.memory()["c0", 0]["body"], one.memory()["c0", 0]["body"])
+
+
+def test_a_slot_may_change_its_head() -> None:
+    draw = np.random.default_rng(1)
+    state = first_state(draw)
+    one = remember(state, [update("c0", 0, random_adapter(draw, "2"))], 0.5, 0).memory()
+    two = remember(replace(state, memory=one), [update("c0", 0, random_adapter(draw, "3"))], 0.5, 0).memory()
+    assert set(two["c0", 0]) == {"body", "head.2", "head.3"}
+    np.testing.assert_allclose(two["c0", 0]["head.2"], 0.5 * one["c0", 0]["head.2"])
+
+
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(2)
+    state = first_state(draw)
+    updates = [update("c0", slot, random_adapter(draw)) for slot in range(7)]
+    whole = remember(state, updates, 1.0, 0)
+    monkeypatch.setattr(changes, "BLOCK", 1)
+    parts = remember(state, updates, 1.0, 0)
+    np.testing.assert_allclose(parts.body, whole.body, atol=1e-6)
+    np.testing.assert_allclose(parts.heads["2"].values, whole.heads["2"].values, atol=1e-6)
+
+
+def test_the_more_clients_the_less_is_kept_of_each_slot() -> None:
+    widths = [width_for(clients) for clients in (1, 10, 25, 50, 100, 1000, 10**6)]
+    assert widths == [8192, 8192, 4096, 1024, 256, 128, 128]
+
+
+def test_memory_is_views() -> None:
+    draw = np.random.default_rng(3)
+    found = remember(first_state(draw), [update("c0", 0, random_adapter(draw))], 1.0, 0)
+    assert np.shares_memory(found.memory()["c0", 0]["body"], found.body)
+    assert np.shares_memory(found.memory()["c0", 0]["head.2"], found.heads["2"].values)

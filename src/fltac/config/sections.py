@@ -79,7 +79,13 @@ class FederationConfig(Section):
     rounds: Annotated[int, Field(ge=0)] = 5
     seed: int = 0
     participation: Share = 1.0
-    """Share of the clients asked in a round, at least one."""
+    """Share of the clients that are there that is asked in a round, at least ``quorum`` of them."""
+    quorum: Positive = 1
+    """So many clients have to be there before a round begins, and to reply for it to change anything."""
+    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    """How long a round over the network waits for replies; default: until everybody who is still there has replied."""
+    stale: Literal["drop", "use"] = "drop"
+    """A reply after the deadline is not used, or used in the round in which it arrives."""
     partition: PartitionConfig = PartitionConfig()
     pool: Literal["none", "sum", "single"] = "none"
     """Not federated: all of a task's rows in one place, trained in one go; ``sum``: with the steps that all the
@@ -183,6 +189,8 @@ class AggregationConfig(Section):
 
 
 class ServerConfig(Section):
+    seed: int | None = None
+    """Of the server's own random choices (cohorts, v0, clustering); default: ``federation.seed``."""
     clustering: ClusteringConfig = ClusteringConfig()
     aggregation: AggregationConfig = AggregationConfig()
 
@@ -192,8 +200,10 @@ class ServerSettings:
     """What the server's functions are given of a configuration: it has no room for a task's name.
 
     Attributes:
-        seed: Of the run.
+        seed: Of the server's own choices.
         participation: Share of the clients asked in a round, in (0, 1].
+        quorum: The least number of clients that must reply.
+        stale: What happens to replies after their round's deadline.
         k: Number of clusters.
         clustering: How uploads are grouped.
         aggregation: How a group becomes one adapter.
@@ -201,6 +211,8 @@ class ServerSettings:
 
     seed: int
     participation: float
+    quorum: int
+    stale: Literal["drop", "use"]
     k: int
     clustering: ClusteringConfig
     aggregation: AggregationConfig
@@ -266,6 +278,10 @@ class Config(Section):
             raise ValueError("federation.pool needs training.adapters=per-task")
         if self.federation.partition.rule == "table" and not self.federation.partition.table:
             raise ValueError("federation.partition.rule=table needs federation.partition.table")
+        if self.federation.quorum > self.federation.clients:
+            raise ValueError(
+                f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
+            )
         return self
 
     @property
@@ -277,8 +293,10 @@ class Config(Section):
     def server_settings(self) -> ServerSettings:
         """The part of the configuration that the server may see."""
         return ServerSettings(
-            seed=self.federation.seed,
+            seed=self.federation.seed if self.server.seed is None else self.server.seed,
             participation=1.0 if self.pooled else self.federation.participation,
+            quorum=1 if self.pooled else self.federation.quorum,
+            stale=self.federation.stale,
             k=self.clusters,
             clustering=self.server.clustering,
             aggregation=self.server.aggregation,

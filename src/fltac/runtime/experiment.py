@@ -159,7 +159,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         if not record["updates"] and record["rejected"]:
             progress.message(f"round {record['round']}: no update could be used: {record['rejections'][0]}")
 
-    simulation = Simulation(experiment.clients, model, config, passes, state.initial, meter.on_pass)
+    simulation = Simulation(experiment.clients, model, config, passes, meter.on_pass)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
     for line in truncation_lines(experiment):
         progress.message(line)

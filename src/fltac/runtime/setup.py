@@ -23,7 +23,7 @@ from fltac.model.lanes import LaneModel
 from fltac.model.targets import find_targets, layer_shapes
 from fltac.paths import BUILTIN, resolve
 from fltac.records import SlotKey
-from fltac.server.round import draw_cohort
+from fltac.server.cohort import draw_cohort
 
 TOKENS_PER_PASS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
 """What ``training.lanes: auto`` fills a pass up to; a larger pass is padded more."""
@@ -200,9 +200,9 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def rounds_taken(config: Config, clients: Sequence[str]) -> dict[str, int]:
     """In how many of the federation's rounds each of the clients (sorted) is drawn into the cohort."""
-    federation = config.federation
+    federation, seed = config.federation, config.server_settings.seed
     cohorts = [
-        draw_cohort(clients, federation.participation, federation.seed, number)
+        draw_cohort(clients, federation.participation, seed, number, federation.quorum)
         for number in range(1, federation.rounds + 1)
     ]
     return {client: sum(client in cohort for cohort in cohorts) for client in clients}

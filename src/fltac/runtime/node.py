@@ -12,7 +12,9 @@ import torch
 
 from fltac.client.client import plan_jobs, reply_of
 from fltac.client.training import TrainJob, train
-from fltac.config import Config
+from fltac.config import Config, load_config
+from fltac.config.client_file import load_client_file
+from fltac.config.loading import parse_yaml
 from fltac.data.metrics import predictions_from_logits, score
 from fltac.errors import InputError
 from fltac.evaluation import evaluation_rows, predict_logits, with_head
@@ -33,6 +35,11 @@ from fltac.wire.node_protocol import (
 
 log = logging.getLogger("fltac.node")
 """The owner's own log: unlike the answers, it may name the owner's files."""
+
+LONGEST_CONFIG = 2**20
+"""Characters of a coordinator's config that are read."""
+
+UNUSABLE = "its client file, its data or the config cannot be used here; its own log says why"
 
 
 class NodeFault(ValueError):
@@ -85,7 +92,7 @@ class Node:
             return self._error(str(error))
         except InputError as error:
             log.error("%s", error)
-            return self._error("its client file or its data cannot be used; its own log says why")
+            return self._error(UNUSABLE)
         except Exception as error:
             # The model may be left in the middle of something, so it is loaded anew for the next question.
             self._owner = None
@@ -129,6 +136,46 @@ class Node:
             if fault is not None:
                 raise NodeFault(f"slot {slot}: {fault}")
         return plan_jobs(owner.client, request, self._initial or {}, owner.config)
+
+
+class StandingNode:
+    """A node that is opened at the first question; what is wrong with its files is answered, not raised."""
+
+    def __init__(self, config_text: str, client_file: Path) -> None:
+        """Notes what to open.
+
+        Args:
+            config_text: The coordinator's experiment config as YAML.
+            client_file: The owner's ``client.yaml``.
+        """
+        self._config_text, self._path = config_text, client_file
+        self._node: Node | None = None
+
+    def answer(self, payload: bytes) -> bytes:
+        """As ``Node.answer``."""
+        try:
+            if self._node is None:
+                self._node = Node.open(_config(self._config_text), self._path)
+        except InputError as error:
+            log.error("%s", error)
+            return error_answer(self._id(), UNUSABLE)
+        except Exception as error:
+            log.exception("the client file could not be opened")
+            return error_answer(self._id(), f"failed with {type(error).__name__}; its own log says where")
+        return self._node.answer(payload)
+
+    def _id(self) -> str:
+        """The client's id, so that an error can name it; nothing where even that cannot be read."""
+        try:
+            return load_client_file(self._path).id
+        except InputError:
+            return ""
+
+
+def _config(text: str) -> Config:
+    if len(text) > LONGEST_CONFIG:
+        raise InputError(f"the coordinator's config: {len(text)} characters; allowed are {LONGEST_CONFIG}")
+    return load_config(parse_yaml(text, "the coordinator's config"))
 
 
 def error_answer(client: str, reason: str) -> bytes:

@@ -131,6 +131,10 @@ def partition(
     config: ConfigFile,
     overrides: Overrides = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the shares into this file (png, svg, pdf).")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write each client's rows and client.yaml into this folder (empty or missing)."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show how the training rows are split over the clients by the YAML file CONFIG."""
@@ -144,6 +148,11 @@ def partition(
         from fltac.runtime import experiment
 
         split = experiment.partition_of(parsed)
+        if write is not None:
+            from fltac.runtime.partition_files import write_partition
+
+            write_partition(parsed, write)
+            _say(f"wrote {write}")
     tasks = list(parsed.tasks)
     counts = {
         client: {task: len(split.rows[client, task]) for task in split.client_tasks(client)} for client in split.clients

@@ -11,6 +11,7 @@ Adapter tensors are named
 where ``<key>`` is the number of outputs (``2``), or ``<outputs>-<group>`` where the clients were told groups.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,6 +24,11 @@ Adapter = Mapping[str, FloatArray]
 
 SlotKey = tuple[str, int]
 """(client id, slot)."""
+
+CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a data owner may call itself; it is safe as the name of a folder."""
+MOST_SLOTS = 10_000
+"""Slot numbers of a data owner are below this."""
 
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"

@@ -13,6 +13,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
 class BackboneConfig(Section):
     """The frozen pretrained model."""
 
@@ -25,7 +28,7 @@ class BackboneConfig(Section):
     pooler. ``auto``: ``cls`` for images, else ``mean``."""
     max_length: Positive = 128
     """Text is cut after this many tokens; cut rows are counted."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
 
 
 class TaskConfig(Section):
@@ -245,7 +248,8 @@ class Config(Section):
 
     method: str = "fltac"
     backbone: BackboneConfig
-    tasks: Annotated[dict[str, TaskConfig], Field(min_length=1)]
+    tasks: dict[str, TaskConfig] = Field(default_factory=dict)
+    """Empty for the coordinator of a federation whose tasks only the data owners know."""
     data_root: str | None = None
     """Folder with parquet files ``<data set>/<task>/<split>.parquet`` that presets read instead of the hub."""
     federation: FederationConfig = FederationConfig()
@@ -272,6 +276,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
+        if not self.tasks and self.server.clustering.k is None:
+            raise ValueError("tasks: there are none; without tasks server.clustering.k has to be given")
         if self.training.trainable == "all" and not self.pooled:
             raise ValueError("training.trainable=all needs federation.pool=sum or single")
         if self.pooled and self.training.adapters == "shared":

@@ -85,7 +85,13 @@ def backbone_folder(config: Config) -> str:
 
 
 def load_partition(config: Config) -> tuple[dict[str, EncodedTask], Partition]:
-    """Loads and encodes the tasks, and splits their training rows over the clients."""
+    """Loads and encodes the tasks, and splits their training rows over the clients.
+
+    Raises:
+        InputError: there are no tasks, or something is wrong with them.
+    """
+    if not config.tasks:
+        raise InputError("tasks: there are none; only the coordinator of a federation can do without")
     tasks = load_tasks(config, backbone_folder(config))
     labels = {name: np.asarray(task.train.labels) for name, task in tasks.items()}
     return tasks, make_partition(config, labels)
@@ -98,6 +104,30 @@ def prepare(config: Config) -> Experiment:
         InputError: anything in the configuration, the data or the backbone is wrong.
     """
     tasks, partition = load_partition(config)
+    backbone, modules, model = build_model(config, tasks)
+    clients, holdings = build_clients(config, partition, tasks)
+    heads = {
+        local.head_key: (local.task.outputs, backbone.hidden)
+        for client in clients.values()
+        for locals_ in client.slots.values()
+        for local in locals_
+    }
+    return Experiment(
+        config, tasks, partition, backbone, modules, model, clients, holdings, dict(sorted(heads.items()))
+    )
+
+
+def build_model(
+    config: Config, tasks: Mapping[str, EncodedTask]
+) -> tuple[Backbone, dict[str, tuple[int, int]], LaneModel]:
+    """Loads the backbone in its precision and wraps it.
+
+    Returns:
+        The backbone, the adapted modules with (in_features, out_features), and the backbone with its lanes.
+
+    Raises:
+        InputError: the tasks are of several kinds, or the backbone cannot be used for them.
+    """
     kinds = {task.kind for task in tasks.values()}
     if len(kinds) > 1:
         named = ", ".join(f"{task.name} ({task.kind})" for task in tasks.values())
@@ -112,16 +142,7 @@ def prepare(config: Config) -> Experiment:
     dtype = torch.float64 if precision == torch.float64 else torch.float32
     model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
     check_backbone(model, next(iter(tasks.values())), config)
-    clients, holdings = build_clients(config, partition, tasks)
-    heads = {
-        local.head_key: (local.task.outputs, backbone.hidden)
-        for client in clients.values()
-        for locals_ in client.slots.values()
-        for local in locals_
-    }
-    return Experiment(
-        config, tasks, partition, backbone, modules, model, clients, holdings, dict(sorted(heads.items()))
-    )
+    return backbone, modules, model
 
 
 def check_backbone(model: LaneModel, task: EncodedTask, config: Config) -> None:

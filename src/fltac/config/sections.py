@@ -225,6 +225,8 @@ class WireConfig(Section):
     """Encoding of the payloads."""
 
     dtype: Literal["float32", "float16"] = "float32"
+    message_mb: Positive = 1024
+    """The largest message that a coordinator sends or reads over the network, in MiB."""
 
 
 class EvaluationConfig(Section):

@@ -166,6 +166,34 @@ def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
     return out
 
 
+def encoder_fingerprint(config: BackboneConfig, backbone_folder: str, kind: Kind) -> str:
+    """``EncodedTask.encoder`` of any task of a kind, for those who have no task at hand.
+
+    Raises:
+        InputError: the backbone has no tokenizer or image settings.
+    """
+    columns = ("text",) if kind == "text" else ("image",)
+    anybody = ResolvedTask(
+        name="of a data owner",
+        kind=kind,
+        hub=None,
+        subset=None,
+        path=None,
+        path_key="",
+        builtin=None,
+        train_split="train",
+        validation_split=None,
+        validation_path=None,
+        validation=None,
+        columns=columns,
+        label="label",
+        labels=None,
+        metric="accuracy",
+        max_rows=None,
+    )
+    return ENCODERS[kind](config, backbone_folder, anybody).fingerprint
+
+
 def encode_split(split: RawSplit, encoder: Encoder) -> Split:
     """Encodes a split, or finds it encoded already."""
     name = fingerprint(split, encoder)

@@ -18,7 +18,7 @@ from fltac.data.partition import Partition, make_partition
 from fltac.errors import InputError
 from fltac.evaluation import Holding
 from fltac.model.attention import use_float32_attention
-from fltac.model.backbone import Backbone, load_backbone
+from fltac.model.backbone import Backbone, Kind, load_backbone
 from fltac.model.lanes import LaneModel
 from fltac.model.targets import find_targets, layer_shapes
 from fltac.paths import BUILTIN, resolve
@@ -120,10 +120,7 @@ def prepare(config: Config) -> Experiment:
 def build_model(
     config: Config, tasks: Mapping[str, EncodedTask]
 ) -> tuple[Backbone, dict[str, tuple[int, int]], LaneModel]:
-    """Loads the backbone in its precision and wraps it.
-
-    Returns:
-        The backbone, the adapted modules with (in_features, out_features), and the backbone with its lanes.
+    """Loads the backbone for some tasks, as :func:`wrapped_backbone`, and tries it on them.
 
     Raises:
         InputError: the tasks are of several kinds, or the backbone cannot be used for them.
@@ -132,7 +129,21 @@ def build_model(
     if len(kinds) > 1:
         named = ", ".join(f"{task.name} ({task.kind})" for task in tasks.values())
         raise InputError(f"tasks: one backbone reads one kind, got {named}")
-    backbone = load_backbone(config.backbone, kinds.pop(), backbone_folder(config))
+    backbone, modules, model = wrapped_backbone(config, kinds.pop())
+    check_backbone(model, next(iter(tasks.values())), config)
+    return backbone, modules, model
+
+
+def wrapped_backbone(config: Config, kind: Kind) -> tuple[Backbone, dict[str, tuple[int, int]], LaneModel]:
+    """Loads the backbone in its precision and wraps it.
+
+    Returns:
+        The backbone, the adapted modules with (in_features, out_features), and the backbone with its lanes.
+
+    Raises:
+        InputError: it cannot be loaded, or is of another kind.
+    """
+    backbone = load_backbone(config.backbone, kind, backbone_folder(config))
     full = config.training.trainable == "all"
     paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)
     modules = layer_shapes(backbone.model, paths)
@@ -141,7 +152,6 @@ def build_model(
     use_float32_attention(backbone.model)
     dtype = torch.float64 if precision == torch.float64 else torch.float32
     model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
-    check_backbone(model, next(iter(tasks.values())), config)
     return backbone, modules, model
 
 

@@ -33,7 +33,9 @@ from fltac.runtime.summary import summarised
 from fltac.server.round import init_server, plan_delivery
 
 
-def coordinate(config: Config, path: Path, post: Post, progress: Progress) -> RunResult:
+def coordinate(
+    config: Config, path: Path, post: Post, progress: Progress, again: Mapping[str, object] | None = None
+) -> RunResult:
     """Runs a federation, or goes on with the one that ``path`` holds.
 
     Args:
@@ -41,6 +43,7 @@ def coordinate(config: Config, path: Path, post: Post, progress: Progress) -> Ru
         path: The run directory: empty, missing, or of a run with this config.
         post: What carries the messages.
         progress: Told what happens.
+        again: How the run is started again, kept in the run directory.
 
     Raises:
         InputError: the config or the backbone is wrong, the folder holds something else, or another process works
@@ -59,6 +62,7 @@ def coordinate(config: Config, path: Path, post: Post, progress: Progress) -> Ru
         directory = create(path, config, fingerprints, None)
     with only_one(path):
         refuse_changed(directory, fingerprints)
+        directory.write_federation(again or {})
         reference = Reference(
             backbone=experiment.backbone.fingerprint,
             tokenizer=tokenizer,

@@ -26,6 +26,9 @@ from fltac.wire.node_protocol import one_line
 DIRECTORY = "directory"
 """The run-config key that names the run directory."""
 
+APP = "app"
+"""The run-config key that names the app's folder as the coordinator does."""
+
 TYPES: Mapping[Kind, str] = {
     "query": MessageType.QUERY,
     "train": MessageType.TRAIN,
@@ -92,8 +95,10 @@ def server_app(config_file: Path) -> ServerApp:
         directory = context.run_config.get(DIRECTORY)
         if not isinstance(directory, str) or not directory:
             raise InputError(f"run config: {DIRECTORY} is {directory!r}; expected the path of a run directory")
+        settings = {key: context.run_config.get(key, "") for key in (DIRECTORY, OVERRIDES)}
+        again = {"app": context.run_config.get(APP), "run_config": settings}
         config = load_config(config_file, shlex.split(str(context.run_config.get(OVERRIDES, ""))))
-        coordinate(config, Path(directory), GridPost(grid), Lines(sys.stderr))
+        coordinate(config, Path(directory), GridPost(grid), Lines(sys.stderr), again)
 
     app.main()(main)
     return app

@@ -16,10 +16,12 @@ import click
 import typer
 
 import fltac
+from fltac.client_commands import client_app
 from fltac.config import Config, load_config
 from fltac.errors import InputError, RunError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(client_app, name="client")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]

@@ -13,7 +13,7 @@ from fltac.config import Config, load_config
 
 WORDS = ["good", "bad", "fine", "poor", "new", "old", "big", "small", "red", "blue"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-SECRETS = ["mood", "hues", "length", "feeling", "sunny", "cloudy", "words"]
+SECRETS = ["mood", "hues", "letters", "feeling", "sunny", "cloudy", "words"]
 """Names of tasks, columns and classes: none of them may be in what a node answers."""
 
 
@@ -49,7 +49,7 @@ def write_rows(folder: Path, rows: int = 90) -> None:
     content: dict[str, list[dict[str, Any]]] = {
         "mood": [{"words": text, "feeling": "sunny" if "good" in text else "cloudy"} for text in texts],
         "hues": [{"words": text, "other": "red", "feeling": number % 3} for number, text in enumerate(texts)],
-        "length": [{"words": text, "feeling": len(text) / 10} for text in texts],
+        "letters": [{"words": text, "feeling": len(text) / 10} for text in texts],
     }
     for name, lines in content.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -66,7 +66,7 @@ def federation(folder: Path, *overrides: str) -> Config:
         "tasks": {
             "mood": {**task, "path": str(folder / "mood.jsonl")},
             "hues": {**task, "path": str(folder / "hues.jsonl"), "columns": ["words", "other"], "metric": "f1"},
-            "length": {**task, "path": str(folder / "length.jsonl"), "metric": "pearson", "validation": 0.2},
+            "letters": {**task, "path": str(folder / "letters.jsonl"), "metric": "pearson", "validation": 0.2},
         },
         "federation": {"clients": 3, "rounds": 2, "partition": {"alpha": 1.0}},
         "lora": {"rank": 1, "alpha": 8, "dropout": 0.1},

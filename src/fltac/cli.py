@@ -16,12 +16,14 @@ import click
 import typer
 
 import fltac
+from fltac.client_commands import client_app
 from fltac.config import Config, load_config
 from fltac.errors import InputError, RunError
+from fltac.flower_commands import flower_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-flower = typer.Typer(help="Federations over the network with Flower.", no_args_is_help=True)
-app.add_typer(flower, name="flower")
+app.add_typer(client_app, name="client")
+app.add_typer(flower_app, name="flower")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
@@ -108,7 +110,7 @@ def run(
 def resume(
     directory: RunFolder,
     superlink: Annotated[str | None, typer.Option(help="Of a federation: the connection's name for flwr run.")] = None,
-    flower_app: Annotated[
+    moved_app: Annotated[
         Path | None, typer.Option("--app", help="Of a federation: its Flower app's folder, if that has moved.")
     ] = None,
     json: Json = False,
@@ -122,7 +124,7 @@ def resume(
     elif opened.federation() is not None:
         from fltac.runtime.flower_app import resume as start_again
 
-        _print_run(directory, start_again(opened, superlink, flower_app), json)
+        _print_run(directory, start_again(opened, superlink, moved_app), json)
         return
     with _stdout_kept_for_json(json), _interruptible(directory), _progress() as progress:
         from fltac.runtime import experiment
@@ -200,37 +202,6 @@ def compare(directories: RunFolders, json: Json = False) -> None:
         _print_json(comparison_json(results))
     else:
         print(comparison_table(results), end="")
-
-
-@flower.command()
-def init(
-    out: NewFolder,
-    config: Annotated[Path, typer.Option(help="The experiment's YAML, such as a coordinator.yaml.")],
-    overrides: Overrides = None,
-) -> None:
-    """Write a Flower app to OUT (empty or missing): its components, the experiment, a README with the commands."""
-    from fltac.runtime.flower_app import require_flower, write_app
-
-    require_flower()
-    write_app(out, load_config(config, overrides or []))
-    print(out)
-
-
-@flower.command()
-def certs(
-    out: NewFolder,
-    host: Annotated[list[str] | None, typer.Option(help="A name or address of the SuperLink; may be repeated.")] = None,
-    node: Annotated[list[str] | None, typer.Option(help="A node to make a key for; may be repeated.")] = None,
-    days: Annotated[int, typer.Option(min=1, help="How long the certificates hold.")] = 365,
-) -> None:
-    """Write a development CA, a server certificate and node keys to OUT (empty or missing)."""
-    from fltac.runtime.flower_app import require_flower
-
-    require_flower()
-    from fltac.runtime.flower_certs import write_certificates
-
-    write_certificates(out, host or [], node or [], days)
-    print(out)
 
 
 def _run_one(config: Config, folder: Path) -> Mapping[str, Any]:

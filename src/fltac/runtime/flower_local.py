@@ -59,6 +59,7 @@ class LocalFederation:
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "FLTAC_WORKERS": str(workers),
             **(environment or {}),
         }
@@ -73,21 +74,25 @@ class LocalFederation:
 
     def start_superlink(self) -> None:
         """Starts the SuperLink, or starts it again on the same state, and waits until it answers."""
-        certs = self.certs
-        self.start(
-            "superlink",
-            [
-                "flower-superlink",
-                "--ssl-ca-certfile",
-                str(certs / "ca.crt"),
-                "--ssl-certfile",
-                str(certs / "server.pem"),
-            ]
-            + ["--ssl-keyfile", str(certs / "server.key"), "--enable-supernode-auth", "--host", "127.0.0.1"]
-            + ["--port", str(self.port), "--database", str(self.folder / "superlink.db")]
-            + ["--disable-runtime-dependency-installation"],
-        )
-        self._wait_until(self._answers, "superlink")
+        self.start("superlink", self.superlink_command())
+        end = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if self.processes["superlink"].poll() is not None or time.monotonic() > end:
+                raise RunError(f"the SuperLink does not answer; see {self.log('superlink')}")
+            time.sleep(0.2)
+
+    def superlink_command(self) -> list[str]:
+        """What starts the SuperLink."""
+        options = {
+            "--ssl-ca-certfile": self.certs / "ca.crt",
+            "--ssl-certfile": self.certs / "server.pem",
+            "--ssl-keyfile": self.certs / "server.key",
+            "--host": "127.0.0.1",
+            "--port": self.port,
+            "--database": self.folder / "superlink.db",
+        }
+        given = [str(part) for option in options.items() for part in option]
+        return ["flower-superlink", *given, "--enable-supernode-auth", "--disable-runtime-dependency-installation"]
 
     def register(self, *names: str) -> None:
         """Makes nodes' keys known to the SuperLink."""
@@ -101,15 +106,20 @@ class LocalFederation:
             name: As in ``clients``.
             node_config: More settings of its node config, such as ``idle_seconds=0``.
         """
-        settings = {"client-file": str(self.clients[name])}
-        settings |= {key.replace("_", "-"): value for key, value in node_config.items()}  # type: ignore[misc]
-        self.start(
-            name,
-            ["flower-supernode", "--root-certificates", str(self.certs / "ca.crt")]
-            + ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
-            + ["--auth-supernode-private-key", str(self.certs / "nodes" / f"{name}.key")]
-            + ["--node-config", " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())],
-        )
+        self.start(name, self.node_command(name, **node_config))
+
+    def node_command(self, name: str, **node_config: object) -> list[str]:
+        """What starts a SuperNode."""
+        more = {key.replace("_", "-"): value for key, value in node_config.items()}
+        settings = {"client-file": str(self.clients[name]), **more}
+        options = {
+            "--root-certificates": self.certs / "ca.crt",
+            "--superlink": f"127.0.0.1:{self.port}",
+            "--port": free_port(),
+            "--auth-supernode-private-key": self.certs / "nodes" / f"{name}.key",
+            "--node-config": " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items()),
+        }
+        return ["flower-supernode", *(str(part) for option in options.items() for part in option)]
 
     def start_run(self) -> None:
         """Starts the run, or starts it again; its ServerApp is a child of the SuperLink."""
@@ -189,13 +199,6 @@ class LocalFederation:
         ):
             return True
         return False
-
-    def _wait_until(self, ready: object, name: str) -> None:
-        end = time.monotonic() + START_SECONDS
-        while not (callable(ready) and ready()):
-            if self.processes[name].poll() is not None or time.monotonic() > end:
-                raise RunError(f"{name} does not answer; see {self.log(name)}")
-            time.sleep(0.2)
 
 
 @contextlib.contextmanager

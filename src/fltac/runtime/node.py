@@ -113,7 +113,7 @@ class Node:
             raise NodeFault(f"the request is for client {request.client!r}; this is {owner.client.id!r}")
         if request.initial is not None:
             self._initial = request.initial
-        jobs = self._jobs(owner, request)
+        jobs = owner_jobs(owner, request, self._initial)
         if isinstance(question, TrainQuestion):
             config = owner.config
             trained = train(owner.model, jobs, config.training, config.lora.dropout, owner.plan)
@@ -127,15 +127,6 @@ class Node:
             self._id = self._owner.client.id
             self._limit = self._owner.file.limits.message_mb * 2**20
         return self._owner
-
-    def _jobs(self, owner: Owner, request: Request) -> list[TrainJob]:
-        """One training for each slot; raises NodeFault where what was received does not fit this owner's model."""
-        for slot, tasks in owner.client.slots.items():
-            keys = {local.head_key for local in tasks}
-            fault = received_fault(request, self._initial, slot, keys, owner)
-            if fault is not None:
-                raise NodeFault(f"slot {slot}: {fault}")
-        return plan_jobs(owner.client, request, self._initial or {}, owner.config)
 
 
 class StandingNode:
@@ -197,6 +188,24 @@ def hello(owner: Owner) -> NodeHello:
         tokenizer=next(iter(owner.tasks.values())).encoder,
         body_shapes=owner.model.body_shapes,
     )
+
+
+def owner_jobs(owner: Owner, request: Request, initial: Adapter | None) -> list[TrainJob]:
+    """One training for each slot.
+
+    Args:
+        owner: Whose.
+        request: For this owner.
+        initial: v0, if it has been received; needed by slots without a cluster and for heads that a cluster lacks.
+
+    Raises:
+        NodeFault: what was received does not fit this owner's model.
+    """
+    for slot, tasks in owner.client.slots.items():
+        fault = received_fault(request, initial, slot, {local.head_key for local in tasks}, owner)
+        if fault is not None:
+            raise NodeFault(f"slot {slot}: {fault}")
+    return plan_jobs(owner.client, request, initial or {}, owner.config)
 
 
 def scores(owner: Owner, jobs: list[TrainJob], max_rows: int | None) -> Scores:

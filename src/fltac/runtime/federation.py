@@ -6,10 +6,10 @@ had said. A client that has not answered by a round's deadline is left out until
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from fltac.config import Config
 from fltac.records import LateReply, Presence, Reply, Request
+from fltac.runtime.letters import Letter, reply_to, why_no_hello
 from fltac.runtime.loop import Exchange, Record
 from fltac.runtime.post import Arrival, Kind, Post, PostError
 from fltac.runtime.roll import Reference, Roll
@@ -34,16 +34,6 @@ LEFT = "its node has left"
 
 REMINDER_SECONDS = 60.0
 """Between two lines that say for whom a round waits."""
-
-
-@dataclass(frozen=True)
-class _Letter:
-    """A message without an answer yet."""
-
-    node: str
-    kind: Kind
-    client: str
-    request: Request | None = None
 
 
 class Federation:
@@ -74,7 +64,7 @@ class Federation:
         self.scores: dict[str, Scores] = {}
         """By client, the last that were asked for."""
         self._present: list[Presence] = []
-        self._letters: dict[str, _Letter] = {}
+        self._letters: dict[str, Letter] = {}
         self._ask_again: set[str] = set()
         self._late: list[LateReply] = []
         self._answered_twice = 0
@@ -108,7 +98,7 @@ class Federation:
         letters, replies = self._send_all("train", requests, lambda request: encode_train_question(request, dtype))
         down = self._payload["down"] - before["down"]
         for letter, answer in self._answers(letters, begin):
-            reply = _reply(letter, answer)
+            reply = reply_to(letter, answer)
             self._note_change(letter, reply)
             replies.append(reply)
         late, self._late = tuple(self._late), []
@@ -137,7 +127,9 @@ class Federation:
             if isinstance(answer, Scores) and answer.client == letter.client:
                 self.scores[letter.client] = answer
             else:
-                self._unscored[letter.client] = _reply(letter, answer).error or "answers with adapters, not with scores"
+                self._unscored[letter.client] = (
+                    reply_to(letter, answer).error or "answers with adapters, not with scores"
+                )
         return [letter.request for letter in letters.values() if letter.request is not None], down
 
     @property
@@ -176,11 +168,11 @@ class Federation:
         for node in sorted(which & set(nodes) - owing):
             self._ask_again.discard(node)
             try:
-                self._send(_Letter(node, "query", nodes[node]), encode_hello_question(), 0)
+                self._send(Letter(node, "query", nodes[node]), encode_hello_question(), 0)
             except PostError as error:
                 self._refuse(node, f"{nodes[node]}: {error}")
 
-    def _send(self, letter: _Letter, payload: bytes, round_number: int) -> str:
+    def _send(self, letter: Letter, payload: bytes, round_number: int) -> str:
         sent = self._post.send(letter.node, letter.kind, payload, round_number)
         self._letters[sent.id] = letter
         self._payload["down"] += len(payload)
@@ -189,9 +181,9 @@ class Federation:
 
     def _send_all(
         self, kind: Kind, requests: Iterable[Request], encode: Callable[[Request], bytes]
-    ) -> tuple[dict[str, _Letter], list[Reply]]:
+    ) -> tuple[dict[str, Letter], list[Reply]]:
         """Sends one message to each client; returns the letters, and an error for each client that gets none."""
-        letters: dict[str, _Letter] = {}
+        letters: dict[str, Letter] = {}
         failed, clients = [], self.roll.clients()
         for request in requests:
             try:
@@ -202,14 +194,14 @@ class Federation:
                     raise PostError(
                         f"the message to it has {len(payload)} bytes; allowed are {self._limit} (wire.message_mb)"
                     )
-                letter = _Letter(clients[request.client], kind, request.client, request)
+                letter = Letter(clients[request.client], kind, request.client, request)
                 letters[self._send(letter, payload, request.round_number)] = letter
             except (PostError, WireError) as error:
                 failed.append(Reply(request.client, error=str(error)))
                 self._say(f"client {request.client}: {error}")
         return letters, failed
 
-    def _answers(self, letters: Mapping[str, _Letter], begin: float) -> Iterator[tuple[_Letter, Answer | str]]:
+    def _answers(self, letters: Mapping[str, Letter], begin: float) -> Iterator[tuple[Letter, Answer | str]]:
         """Gives each letter's answer as it comes, or why there is none by the deadline."""
         deadline, waiting = self._config.federation.deadline_seconds, set(letters)
         while True:
@@ -224,7 +216,7 @@ class Federation:
         for item in sorted(waiting):
             yield letters[item], f"no reply within {deadline:g} s" if item in self._letters else LEFT
 
-    def _receive(self, wanted: Collection[str] = ()) -> list[tuple[str, _Letter, Answer | str]]:
+    def _receive(self, wanted: Collection[str] = ()) -> list[tuple[str, Letter, Answer | str]]:
         """Takes what has arrived: the answers that are wanted are returned, others are dealt with here."""
         found = []
         for arrival in self._post.collect(list(self._letters)):
@@ -241,7 +233,7 @@ class Federation:
                 self._enter(letter, answer)
             elif letter.kind == "train" and letter.request is not None:
                 self._say(f"client {letter.client}: its reply to round {letter.request.round_number} came late")
-                reply = _reply(letter, answer)
+                reply = reply_to(letter, answer)
                 self._note_change(letter, reply)
                 self._late.append(LateReply(letter.request, reply))
         return found
@@ -255,10 +247,10 @@ class Federation:
         except WireError as error:
             return str(error)
 
-    def _enter(self, letter: _Letter, answer: Answer | str) -> None:
+    def _enter(self, letter: Letter, answer: Answer | str) -> None:
         known, before = self.roll.hellos.get(letter.node), self.roll.refused.get(letter.node)
         if not isinstance(answer, NodeHello):
-            self._refuse(letter.node, _no_hello(letter, answer), before)
+            self._refuse(letter.node, why_no_hello(letter, answer), before)
             return
         reason = self.roll.enter(letter.node, answer)
         if reason is not None:
@@ -272,31 +264,10 @@ class Federation:
         if reason != before:
             self._say(f"refused: {reason}")
 
-    def _note_change(self, letter: _Letter, reply: Reply) -> None:
+    def _note_change(self, letter: Letter, reply: Reply) -> None:
         """A client whose reply is not what its hello said is asked again who it is."""
         hello = self.roll.hellos.get(letter.node)
         if reply.error is not None:
             self._say(f"client {letter.client}: {reply.error}")
         if hello is not None and (reply.error or {update.slot for update in reply.updates} != set(hello.slots)):
             self._ask_again.add(letter.node)
-
-
-def _reply(letter: _Letter, answer: Answer | str) -> Reply:
-    """An answer to a request as the client's reply, an error where it is none."""
-    if isinstance(answer, str):
-        return Reply(letter.client, error=answer)
-    if answer.client != letter.client:
-        error = answer.error if isinstance(answer, Reply) and not answer.client else None
-        return Reply(letter.client, error=error or f"its node answers as client {answer.client!r}")
-    if not isinstance(answer, Reply):
-        return Reply(letter.client, error=f"answers with {type(answer).__name__}, not with adapters")
-    return answer
-
-
-def _no_hello(letter: _Letter, answer: Reply | Scores | str) -> str:
-    """Why a node that was asked who it is takes no part."""
-    if isinstance(answer, str):
-        return f"{letter.client}: {answer}"
-    name = f"client {answer.client}" if answer.client else letter.client
-    error = answer.error if isinstance(answer, Reply) else None
-    return f"{name}: {error or 'does not say who it is'}"

@@ -106,3 +106,21 @@ def largest_difference(one: ServerState, other: ServerState) -> float:
 
 def run_of(federation: LocalFederation) -> RunDirectory:
     return open_existing(federation.run_directory)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def worker_of(federation: LocalFederation, client: str) -> int:
+    """The id of a node's resident worker, once it is there."""
+    until(lambda: one_process(federation, "fltac.runtime.worker_process", f"/{client}/"), f"the worker of {client}")
+    return one_process(federation, "fltac.runtime.worker_process", f"/{client}/") or 0
+
+
+def connected(federation: LocalFederation, *names: str) -> None:
+    """Waits until SuperNodes are connected."""
+    for name in names:
+        until(lambda name=name: said(federation, name, "SuperNode ID:"), f"{name} is connected")  # type: ignore[misc]

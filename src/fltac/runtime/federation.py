@@ -241,7 +241,7 @@ class Federation:
     def _decoded(self, arrival: Arrival) -> Answer | str:
         """The answer, or what is wrong with it."""
         if arrival.payload is None:
-            return f"its node answers with an error: {arrival.error}"
+            return f"no answer from its node: {arrival.error}"
         try:
             return decode_answer(arrival.payload, self._limit)
         except WireError as error:

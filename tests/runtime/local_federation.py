@@ -1,5 +1,6 @@
 """Real federations for tests: the owners' tiny tasks as client folders, and what happens in the processes."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -85,6 +86,16 @@ def processes_of(federation: LocalFederation) -> dict[int, str]:
             except OSError:
                 continue
     return {pid: command for pid, command in found.items() if command}
+
+
+def commands_with(text: str) -> list[str]:
+    """The command lines of all processes in which a text occurs."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [command for command in found if text in command]
 
 
 def one_process(federation: LocalFederation, *words: str) -> int | None:

@@ -18,6 +18,7 @@ import fltac
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.flower_local import LocalFederation, free_port, running
 from runtime.local_federation import (
+    commands_with,
     connected,
     cpu_seconds,
     edit_client,
@@ -42,19 +43,7 @@ pytestmark = pytest.mark.process
 def nothing_is_left(tmp_path: Path) -> Iterator[None]:
     """Whatever a test does, nothing that runs out of its folder outlives it."""
     yield
-    left = [
-        folder.name
-        for folder in Path("/proc").iterdir()
-        if folder.name.isdecimal() and str(tmp_path).encode() in _command(folder)
-    ]
-    assert not left, [_command(Path("/proc") / pid) for pid in left]
-
-
-def _command(folder: Path) -> bytes:
-    try:
-        return (folder / "cmdline").read_bytes()
-    except OSError:
-        return b""
+    until(lambda: not commands_with(str(tmp_path)), f"these end: {commands_with(str(tmp_path))}")
 
 
 def finish(federation: LocalFederation, seconds: float = 300) -> None:

@@ -28,7 +28,12 @@ class LocalFederation:
     """A SuperLink, SuperNodes and a run, each a process of its own."""
 
     def __init__(
-        self, folder: Path, config: Config, clients: Mapping[str, Path], environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        config: Config,
+        clients: Mapping[str, Path],
+        environment: Mapping[str, str] | None = None,
+        node_config: Mapping[str, object] | None = None,
     ) -> None:
         """Writes the certificates, the app and Flower's configuration; starts nothing.
 
@@ -37,6 +42,7 @@ class LocalFederation:
             config: The coordinator's.
             clients: Node names to client files.
             environment: More variables for all processes.
+            node_config: More settings of all SuperNodes' node config, such as ``{"idle-seconds": 0}``.
 
         Raises:
             InputError: the folder is not empty, the config cannot be federated, or Flower is not installed.
@@ -46,6 +52,7 @@ class LocalFederation:
 
         self.folder, self.clients, self.port = folder.absolute(), dict(clients), free_port()
         self.app, self.run_directory = self.folder / "app", self.folder / "run"
+        self.node_config = dict(node_config or {})
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.certs = self.folder / "certs"
         write_certificates(self.certs, nodes=list(clients))
@@ -99,19 +106,13 @@ class LocalFederation:
         for name in names:
             self.flwr("supernode", "register", str(self.certs / "nodes" / f"{name}.pub"), CONNECTION, "--name", name)
 
-    def start_node(self, name: str, **node_config: object) -> None:
-        """Starts a SuperNode.
+    def start_node(self, name: str) -> None:
+        """Starts the SuperNode of a client."""
+        self.start(name, self.node_command(name))
 
-        Args:
-            name: As in ``clients``.
-            node_config: More settings of its node config, such as ``idle_seconds=0``.
-        """
-        self.start(name, self.node_command(name, **node_config))
-
-    def node_command(self, name: str, **node_config: object) -> list[str]:
+    def node_command(self, name: str) -> list[str]:
         """What starts a SuperNode."""
-        more = {key.replace("_", "-"): value for key, value in node_config.items()}
-        settings = {"client-file": str(self.clients[name]), **more}
+        settings = {"client-file": str(self.clients[name]), **self.node_config}
         options = {
             "--root-certificates": self.certs / "ca.crt",
             "--superlink": f"127.0.0.1:{self.port}",

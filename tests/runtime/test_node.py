@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -334,6 +336,26 @@ def test_a_client_file_that_turns_bad_and_good_again(both: Both, owner: Callable
     answer = decode_answer(node.answer(encode_train_question(request, "float32")))
     assert isinstance(answer, Reply)
     assert answer.error is None
+
+
+def test_rows_added_between_rounds(both: Both, owner: Callable[..., Path]) -> None:
+    file = owner()
+    node = Node.open(both.coordinator, file)
+    before = decode_answer(node.answer(encode_hello_question()))
+    rows = file.parent / "slot-0-train.parquet"
+    table = pyarrow.parquet.read_table(rows)
+    pyarrow.parquet.write_table(pa.concat_tables([table, table.slice(0, 2)]), rows)
+    after = decode_answer(node.answer(encode_hello_question()))
+    assert isinstance(before, NodeHello)
+    assert isinstance(after, NodeHello)
+    assert after.examples == {**before.examples, 0: before.examples[0] + 2}
+
+
+def test_more_steps_than_the_owner_allows(both: Both, owner: Callable[..., Path]) -> None:
+    file = owner(limits={"steps": 3})
+    with pytest.raises(InputError, match=r"training: 4 steps of the task \w+ in a round; limits\.steps allows 3"):
+        Node.open(both.coordinator, file)
+    assert Node.open(load_config(both.out / "coordinator.yaml", ["training.steps=3"]), file).id == "client-0"
 
 
 def test_messages_larger_than_the_owner_allows(both: Both, owner: Callable[..., Path]) -> None:

@@ -78,14 +78,6 @@ def worker_id(place: Place) -> int | None:
         return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
 
-def is_gone(process: int) -> bool:
-    """Whether it has ended; one that nobody has waited for counts as ended."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 @pytest.fixture(scope="module")
 def owner(tmp_path_factory: pytest.TempPathFactory) -> Owner:
     return Owner(tmp_path_factory.mktemp("owner"))
@@ -124,7 +116,7 @@ def test_files_are_for_their_owner_alone(owner: Owner, started: Started) -> None
     place = owner.place()
     assert place.folder.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in place.folder.iterdir()} == {0o600}
-    assert {path.suffix for path in place.folder.iterdir()} == {".sock", ".lock", ".yaml", ".log"}
+    assert {path.suffix for path in place.folder.iterdir()} == {".sock", ".lock", ".log"}
 
 
 @pytest.mark.process
@@ -269,7 +261,7 @@ def test_a_folder_that_others_may_enter_is_not_used(
 
 @pytest.mark.process
 def test_what_is_wrong_is_answered_in_words_that_may_leave(owner: Owner, started: Started, tmp_path: Path) -> None:
-    for text, file in [(owner.text, tmp_path / "none.yaml"), ("backbone: [", owner.file)]:
+    for text, file in [(owner.text, tmp_path / "none.yaml"), ("backbone: [", owner.file), ("\ud800", owner.file)]:
         for seconds in (60.0, 0.0):
             answer = decode_answer(ask(text, file, owner.hello, idle_seconds=seconds))
             assert isinstance(answer, Reply)

@@ -222,7 +222,8 @@ def scores(owner: Owner, jobs: list[TrainJob], max_rows: int | None) -> Scores:
             predictions = predictions_from_logits(task.metric, logits)
             found.append(score(task.metric, predictions, np.asarray(task.validation.labels[chosen])))
             rows += len(chosen)
-        out[job.slot] = SlotScore(float(np.mean(found)), rows)
+        # A correlation may be above 1 by rounding.
+        out[job.slot] = SlotScore(float(np.clip(np.mean(found), -1.0, 1.0)), rows)
     return Scores(owner.client.id, out)
 
 

@@ -60,11 +60,13 @@ def load_owner(config: Config, client_file: Path) -> Owner:
         client_file: The owner's file.
 
     Raises:
-        InputError: the file, its data or the backbone is wrong, or the config's method cannot be federated.
+        InputError: the file, its data or the backbone is wrong, the config's method cannot be federated, or it asks
+            for more steps than the owner allows.
     """
     refuse_not_federated(config)
+    # The stamp first: what changes after it is noticed at the next question.
+    stamp = load_client_file(client_file).stamp()
     file = load_client_file(client_file)
-    stamp = file.stamp()
     own = file.applied(config)
     tasks = load_tasks(own, backbone_folder(own))
     backbone, _, model = build_model(own, tasks)
@@ -87,7 +89,10 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
     slots: dict[int, tuple[LocalTask, ...]] = {}
     for name, task in tasks.items():
         rows = np.arange(len(task.train))
-        local = LocalTask(task, rows, str(task.outputs), local_steps(config.training, len(rows)))
+        steps, most = local_steps(config.training, len(rows)), file.limits.steps
+        if most is not None and steps > most:
+            raise InputError(f"training: {steps} steps of the task {name} in a round; limits.steps allows {most}")
+        local = LocalTask(task, rows, str(task.outputs), steps)
         slot = 0 if shared else file.slots[name]
         slots[slot] = (*slots.get(slot, ()), local)
     return Client(file.id, slots)

@@ -54,7 +54,7 @@ def ask(
             with closing(_connected(place, config_text, client_file, idle_seconds, parent)) as worker:
                 send(worker, payload)
                 return receive(worker)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a config or path that cannot be written as bytes
             log.warning("no answer from a resident worker (%s); answering without", error)
     return answer_cold(config_text, client_file, payload)
 

@@ -40,7 +40,7 @@ class Place:
 
     @property
     def config(self) -> Path:
-        """The coordinator's config, as text."""
+        """The coordinator's config, as text, until the worker has read it."""
         return self.folder / f"{self.key}.yaml"
 
     def write_config(self, text: str) -> None:

@@ -30,8 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     """Serves until idle.
 
     Args:
-        arguments: Socket, config file, client file, idle seconds, id of the process to end with (0: none), and the
-            descriptor of the pipe that is told once the worker listens.
+        arguments: Socket, config file (removed once it is read), client file, idle seconds, id of the process to end
+            with (0: none), and the descriptor of the pipe that is told once the worker listens.
     """
     place, config, client_file, idle, parent, told = arguments
     os.umask(0o077)
@@ -47,7 +47,9 @@ def main(arguments: Sequence[str]) -> None:
         log.info("listens for questions")
         if int(parent):
             threading.Thread(target=_end_with, args=(int(parent), path), daemon=True).start()
-        serve(listener, path, _answers(Path(config).read_text(encoding="utf-8"), Path(client_file)), float(idle))
+        text = Path(config).read_text(encoding="utf-8")
+        Path(config).unlink()
+        serve(listener, path, _answers(text, Path(client_file)), float(idle))
     log.info("ends after %s idle seconds", idle)
 
 

@@ -145,7 +145,7 @@ def poison(client_file: Path) -> int:
         file = client_file.parent / task["path"]
         table = pyarrow.parquet.read_table(file)
         place = table.column_names.index(task["label"])
-        huge = pa.array(np.full(len(table), 1e30), table.schema.field(place).type)
+        huge = pa.array(np.full(len(table), 3e38), table.schema.field(place).type)
         pyarrow.parquet.write_table(table.set_column(place, task["label"], huge), file)
         slots.append(task["slot"])
 
@@ -172,7 +172,7 @@ def test_strangers_twins_misfits_poison_and_a_late_joiner(tmp_path: Path) -> Non
         finish(federation)
         for name in ("stranger", "insecure", "deceived"):
             assert not said(federation, name, "SuperNode ID:"), name
-        assert said(federation, "stranger", "No SuperNode found with the given public key")
+        assert said(federation, "stranger", "Failed to activate SuperNode")
         assert said(federation, "deceived", "CERTIFICATE_VERIFY_FAILED")
     finally:
         federation.stop()

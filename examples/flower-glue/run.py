@@ -1,7 +1,8 @@
 """Ten SuperNodes on one machine: the five GLUE tasks on MiniLM, two rounds over Flower, with TLS and node keys.
 
 Writes each client's rows, starts a SuperLink, ten SuperNodes and the run, prints what came out, and stops what it
-started. Needs FLTAC_DATA (see configs/glue-minilm.yaml) and about 5 GB of memory: every node holds the backbone.
+started. Needs FLTAC_DATA (see configs/glue-minilm.yaml) and about 13 GB of memory: every worker holds torch, the
+backbone and its rows.
 
     FLTAC_DATA=... python examples/flower-glue/run.py [--out runs/flower-glue] [key=value ...]
 """

@@ -9,6 +9,7 @@ backbone and its rows.
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ SECONDS = 3600
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/flower-glue"))
+    # Being told to end must not leave the federation behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:

@@ -10,8 +10,10 @@ import pytest
 import fltac
 from fltac.config import Config, load_config
 from fltac.errors import InputError
+from fltac.report.compare import load_results
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.coordinator import coordinate, kind_of
+from fltac.runtime.experiment import evaluate
 from fltac.runtime.node import Node
 from fltac.runtime.partition_files import COORDINATOR, write_partition
 from fltac.runtime.post import Arrival, Kind, Sent
@@ -79,6 +81,10 @@ def test_it_ends_as_the_simulation_and_knows_no_task(owners: Owners, tmp_path: P
     assert result.summary["tasks"] == {}
     assert result.summary["slots"]["slots"] == len(found.state.assignment())
     assert result.summary["slot_steps"] is None
+    with pytest.raises(InputError, match="a federation's run; its adapters lie in adapters/"):
+        evaluate(tmp_path / "run")
+    (shown,) = load_results([tmp_path / "run"])
+    assert shown.runs[0].mean_score == result.summary["mean_score"]
     assert json.loads((tmp_path / "run" / "federation.json").read_text()) == {"app": "x"}
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
@@ -113,8 +119,14 @@ def yaml_of(config: Config) -> dict[str, Any]:
 
 
 def test_methods_that_need_the_rows_in_one_place_are_refused(owners: Owners, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="in a federation only none is allowed"):
-        coordinate(load_config(yaml_of(owners.config), ["method=central"]), tmp_path / "run", Nodes({}), Silent())
+    for method, expected in (
+        ("central", "in a federation only none is allowed"),
+        ("fedit-heads", "only per-shape"),
+        ("oracle", "nobody knows the true tasks"),
+    ):
+        config = load_config(yaml_of(owners.config), [f"method={method}"])
+        with pytest.raises(InputError, match=expected):
+            coordinate(config, tmp_path / "run", Nodes({}), Silent())
     assert not (tmp_path / "run").exists()
 
 

@@ -233,7 +233,8 @@ class EvaluationConfig(Section):
     every: Annotated[int, Field(ge=0)] = 1
     """Evaluate after every so many rounds; 0: only after the last."""
     max_rows: Positive | None = None
-    """Validation rows of a task scored during the run (a fixed seeded subset); all of them at the end."""
+    """Validation rows of a task scored during the run (a fixed seeded subset); all of them at the end, except by the
+    nodes of a federation, whose time is their owners'."""
     batch_size: Positive = 64
 
 

@@ -121,6 +121,10 @@ def _first_state(experiment: Experiment) -> ServerState:
 
 def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
     opened = open_existing(path)
+    if opened.federation() is not None:
+        raise InputError(
+            f"{path}: a federation's run; its adapters lie in adapters/, the nodes' scores in summary.json"
+        )
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
         raise InputError(f"{path}: has no checkpoint; `fltac resume {path}` starts the run")

@@ -105,17 +105,18 @@ class Federation:
         up = self._payload["up"] - before["up"]
         return Exchange(tuple(replies), up, down, self._clock() - begin, None, late)
 
-    def deliver(self, requests: Sequence[Request], max_rows: int | None = None) -> tuple[list[Request], int]:
+    def deliver(self, requests: Sequence[Request]) -> tuple[list[Request], int]:
         """Sends what each client would go on with; each scores it on its own validation rows (``self.scores``).
 
         Args:
-            requests: From ``plan_delivery``; clients that are still busy get nothing.
-            max_rows: Validation rows of each task; None for all.
+            requests: From ``plan_delivery``; clients that are still busy get nothing. Each task is scored on at most
+                ``evaluation.max_rows`` rows, after the last round too: the time is the owners'.
 
         Returns:
             The requests that were sent, and their bytes.
         """
-        begin, before, dtype = self._clock(), self._payload["down"], self._config.wire_dtype
+        begin, before = self._clock(), self._payload["down"]
+        dtype, max_rows = self._config.wire_dtype, self._config.evaluation.max_rows
         self._receive()
         busy, clients = self._busy(), self.roll.clients()
         free = [request for request in requests if clients.get(request.client) not in busy]

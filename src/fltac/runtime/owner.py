@@ -50,6 +50,8 @@ def refuse_not_federated(config: Config) -> None:
         raise InputError(f"federation.pool: got {config.federation.pool!r}; in a federation only none is allowed")
     if config.training.adapters == "shared" and config.training.heads == "per-task":
         raise InputError("training.heads: got 'per-task'; in a federation, where slots are anonymous, only per-shape")
+    if config.server.clustering.rule == "given":
+        raise InputError("server.clustering.rule: got 'given' (oracle); in a federation nobody knows the true tasks")
 
 
 def load_owner(config: Config, client_file: Path) -> Owner:

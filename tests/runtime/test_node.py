@@ -18,7 +18,7 @@ from fltac.errors import InputError
 from fltac.evaluation import score_state
 from fltac.records import Adapter, Reply, Request, ServerState
 from fltac.runtime.node import Node, StandingNode, owner_jobs
-from fltac.runtime.owner import load_owner
+from fltac.runtime.owner import Owner, load_owner
 from fltac.runtime.partition_files import write_partition
 from fltac.runtime.setup import Experiment, choose_plan, prepare
 from fltac.server.round import finish_round, init_server, plan_delivery, plan_round
@@ -290,18 +290,30 @@ def test_an_adapter_that_diverged_is_sent_as_it_is_and_the_server_names_it(both:
 def test_a_failure_in_training_is_answered_and_the_next_question_too(
     both: Both, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Everything is loaded once for all questions, and again only after a failure."""
     import fltac.runtime.node as module
+
+    loads: list[Path] = []
+
+    def counted(config: Config, client_file: Path) -> Owner:
+        loads.append(client_file)
+        return load_owner(config, client_file)
 
     def failing(*_: object) -> None:
         raise RuntimeError("out of memory at row sunny")
 
+    monkeypatch.setattr(module, "load_owner", counted)
     node, request = both.node("client-0"), first_request(both)
     expected = node.answer(encode_train_question(request, "float32"))
+    node.answer(encode_hello_question())
+    node.answer(b"nonsense")
+    assert len(loads) == 1
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", failing)
         assert train_error(node, request) == "failed with RuntimeError; its own log says where"
     assert "out of memory" in caplog.text, "the owner's own log has it"
     assert node.answer(encode_train_question(request, "float32")) == expected
+    assert len(loads) == 2
 
 
 def test_a_task_dropped_and_another_renamed_between_rounds(both: Both, owner: Callable[..., Path]) -> None:

@@ -119,7 +119,7 @@ def _usage(sign: bool) -> x509.KeyUsage:
 
 
 def _private(key: ec.EllipticCurvePrivateKey, layout: serialization.PrivateFormat) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, layout, serialization.NoEncryption())
+    return bytes(key.private_bytes(serialization.Encoding.PEM, layout, serialization.NoEncryption()))
 
 
 def _write(path: Path, data: bytes) -> None:

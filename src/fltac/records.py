@@ -11,6 +11,7 @@ Adapter tensors are named
 where ``<key>`` is the number of outputs (``2``), or ``<outputs>-<group>`` where the clients were told groups.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,6 +24,11 @@ Adapter = Mapping[str, FloatArray]
 
 SlotKey = tuple[str, int]
 """(client id, slot)."""
+
+CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a data owner may call itself; it is safe as the name of a folder."""
+MOST_SLOTS = 10_000
+"""Slot numbers of a data owner are below this."""
 
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
@@ -45,6 +51,19 @@ def head_keys(adapter: Adapter) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Presence:
+    """A client that is there to be asked, as far as the server is told.
+
+    Attributes:
+        client: The client's id.
+        heads: For each of its slots, the head keys it uses with their shape (outputs, hidden).
+    """
+
+    client: str
+    heads: Mapping[int, Mapping[str, tuple[int, int]]]
+
+
+@dataclass(frozen=True)
 class Request:
     """What the server sends one client of the cohort.
 
@@ -53,8 +72,8 @@ class Request:
         client: The client's id.
         slots: For each slot the server knows of this client, the cluster whose adapter it continues from.
         adapters: The clusters' adapters that ``slots`` refers to, each once.
-        initial: The first adapter v0 with one head for every head key, for slots not in ``slots``; None when the
-            client holds it already.
+        initial: The first adapter v0 with one head for every head key; None where all that the client's slots
+            continue from is in ``adapters``.
     """
 
     round_number: int
@@ -62,6 +81,11 @@ class Request:
     slots: Mapping[int, int]
     adapters: Mapping[int, Adapter]
     initial: Adapter | None
+
+    def sent(self, slot: int) -> Adapter | None:
+        """The cluster's adapter that a slot was sent; None where it was to begin from v0."""
+        cluster = self.slots.get(slot)
+        return None if cluster is None else self.adapters[cluster]
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,14 @@ class Reply:
     client: str
     updates: tuple[Update, ...] = ()
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class LateReply:
+    """A reply that came after the deadline of its round, and the request that it answers."""
+
+    request: Request
+    reply: Reply
 
 
 @dataclass(frozen=True)
@@ -151,7 +183,8 @@ class RoundReport:
     Attributes:
         round_number: The round, from 1.
         cohort: Ids of the clients asked, sorted.
-        updates: The number of updates used.
+        updates: The number of updates used, stale ones included.
+        stale: How many of them began from an adapter of an earlier round.
         rejections: Updates and replies not used.
         k: The number of clusters with members; None where nothing is clustered.
         silhouette: Mean silhouette in the space that was clustered; None where it is not defined (fewer than two
@@ -164,3 +197,4 @@ class RoundReport:
     rejections: tuple[Rejection, ...]
     k: int | None
     silhouette: float | None
+    stale: int = 0

@@ -2,9 +2,9 @@
 
 Nothing depends on the order in which clients are visited: each choice has its own generator, keyed by what it
 is for. Purposes in use: ``partition``, ``task-cap``, ``slots``, ``validation-split``, ``initial-adapter``,
-``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``, ``embedding``, ``subspace``,
-``sketch <tensor>``, ``random-groups``, ``evaluation-rows``; with seed 0, whatever the run's, ``digits-halves``,
-``digits-vit-weights``, ``digits-vit-batches``.
+``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
+``embedding``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``; with seed 0, whatever the
+run's, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
 """
 
 import hashlib

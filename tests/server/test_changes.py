@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fltac.records import Adapter, Cluster, ServerState
+from fltac.records import Adapter, Cluster, ServerState, Update
 from fltac.server import changes
-from fltac.server.changes import remember, width_for
+from fltac.server.changes import Changes, received_by, remember, width_for, width_of
 from server.builders import update
 from server.reference import products
 
@@ -24,6 +24,13 @@ def first_state(draw: np.random.Generator, clients: int = 2) -> ServerState:
     return ServerState(0, initial, tuple(f"c{number}" for number in range(clients)))
 
 
+def remembered(state: ServerState, updates: list[Update], decay: float, seed: int) -> Changes:
+    """Where all updates began from what their slots were last sent."""
+    received = received_by(state)
+    began = {update.key: received.get(update.key, state.initial) for update in updates}
+    return remember(state, updates, began, decay, seed)
+
+
 def test_memory_sums_with_decay_what_each_round_added() -> None:
     """Six rounds with bases that change, one slot that is asked every other round and one whose head changes."""
     draw = np.random.default_rng(7)
@@ -33,7 +40,7 @@ def test_memory_sums_with_decay_what_each_round_added() -> None:
         keys = [("c0", 0), ("c1", 0)] if number % 2 == 0 else [("c0", 0)]
         received = {key: cluster.adapter for cluster in state.clusters for key in cluster.members}
         updates = [update(*key, random_adapter(draw, "2" if key[0] == "c0" else "3")) for key in keys]
-        memory = remember(state, updates, 0.5, seed=0).memory()
+        memory = remembered(state, updates, 0.5, seed=0).memory()
         for item in updates:
             before = {**state.initial, **received.get(item.key, {})}
             old = expected.get(item.key, {})
@@ -56,8 +63,8 @@ def test_memory_sums_with_decay_what_each_round_added() -> None:
 def test_a_slot_without_an_update_keeps_its_memory_undecayed() -> None:
     draw = np.random.default_rng(0)
     state = first_state(draw)
-    one = remember(state, [update("c0", 0, random_adapter(draw)), update("c1", 0, random_adapter(draw))], 0.5, 0)
-    two = remember(replace(state, memory=one.memory()), [update("c0", 0, random_adapter(draw))], 0.5, 0)
+    one = remembered(state, [update("c0", 0, random_adapter(draw)), update("c1", 0, random_adapter(draw))], 0.5, 0)
+    two = remembered(replace(state, memory=one.memory()), [update("c0", 0, random_adapter(draw))], 0.5, 0)
     np.testing.assert_array_equal(two.memory()["c1", 0]["body"], one.memory()["c1", 0]["body"])
     np.testing.assert_array_equal(two.memory()["c1", 0]["head.2"], one.memory()["c1", 0]["head.2"])
     assert not np.array_equal(two.memory()["c0", 0]["body"], one.memory()["c0", 0]["body"])
@@ -66,8 +73,8 @@ def test_a_slot_without_an_update_keeps_its_memory_undecayed() -> None:
 def test_a_slot_may_change_its_head() -> None:
     draw = np.random.default_rng(1)
     state = first_state(draw)
-    one = remember(state, [update("c0", 0, random_adapter(draw, "2"))], 0.5, 0).memory()
-    two = remember(replace(state, memory=one), [update("c0", 0, random_adapter(draw, "3"))], 0.5, 0).memory()
+    one = remembered(state, [update("c0", 0, random_adapter(draw, "2"))], 0.5, 0).memory()
+    two = remembered(replace(state, memory=one), [update("c0", 0, random_adapter(draw, "3"))], 0.5, 0).memory()
     assert set(two["c0", 0]) == {"body", "head.2", "head.3"}
     np.testing.assert_allclose(two["c0", 0]["head.2"], 0.5 * one["c0", 0]["head.2"])
 
@@ -76,9 +83,9 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(2)
     state = first_state(draw)
     updates = [update("c0", slot, random_adapter(draw)) for slot in range(7)]
-    whole = remember(state, updates, 1.0, 0)
+    whole = remembered(state, updates, 1.0, 0)
     monkeypatch.setattr(changes, "BLOCK", 1)
-    parts = remember(state, updates, 1.0, 0)
+    parts = remembered(state, updates, 1.0, 0)
     np.testing.assert_allclose(parts.body, whole.body, atol=1e-6)
     np.testing.assert_allclose(parts.heads["2"].values, whole.heads["2"].values, atol=1e-6)
 
@@ -90,6 +97,21 @@ def test_the_more_clients_the_less_is_kept_of_each_slot() -> None:
 
 def test_memory_is_views() -> None:
     draw = np.random.default_rng(3)
-    found = remember(first_state(draw), [update("c0", 0, random_adapter(draw))], 1.0, 0)
+    found = remembered(first_state(draw), [update("c0", 0, random_adapter(draw))], 1.0, 0)
     assert np.shares_memory(found.memory()["c0", 0]["body"], found.body)
     assert np.shares_memory(found.memory()["c0", 0]["head.2"], found.heads["2"].values)
+
+
+def test_clients_that_join_do_not_change_what_is_kept_of_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "WIDEST", 16)
+    monkeypatch.setattr(changes, "NARROWEST", 4)
+    monkeypatch.setattr(changes, "ROOM", 64)
+    draw = np.random.default_rng(3)
+    state = first_state(draw)
+    one = remembered(state, [update("c0", 0, random_adapter(draw))], 1.0, 0)
+    assert width_of(state) == 16
+    grown = replace(state, clients=tuple(f"c{number}" for number in range(9)), memory=one.memory())
+    assert width_for(9) == 4
+    assert width_of(grown) == 16
+    two = remembered(grown, [update("c8", 0, random_adapter(draw))], 1.0, 0)
+    np.testing.assert_array_equal(two.memory()["c0", 0]["body"], one.memory()["c0", 0]["body"])

@@ -13,8 +13,9 @@ import fltac.server
 from fltac import config, records
 from fltac.records import Cluster, Rejection, Reply, ServerState
 from fltac.server.aggregation import mean_adapter
+from fltac.server.cohort import draw_cohort
 from fltac.server.matching import match_clusters
-from fltac.server.round import draw_cohort, finish_round, init_server, plan_delivery, plan_round
+from fltac.server.round import finish_round, init_server, plan_delivery, plan_round
 from fltac.server.similarity import flattened
 from server.builders import BODY, HEADS, adapter, planted, reply, server, state
 

@@ -36,7 +36,7 @@ def learned(adapters: Sequence[Adapter], initial: Adapter | None = None) -> Chan
     if initial is None:
         initial = zeros({name: tensor for item in adapters for name, tensor in item.items()})
     updates = [update("a", slot, item) for slot, item in enumerate(adapters)]
-    return remember(ServerState(0, initial, ("a",)), updates, 1.0, seed=0)
+    return remember(ServerState(0, initial, ("a",)), updates, {update.key: initial for update in updates}, 1.0, seed=0)
 
 
 @given(rank=st.integers(1, 4), n=st.integers(1, 5), seed=st.integers(0, 99), head=st.booleans())

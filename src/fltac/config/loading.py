@@ -7,14 +7,16 @@ the file, the preset of a ``method=`` override, the file's ``methods.<method>`` 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fltac.config.presets import PRESETS, Tree, merge
-from fltac.config.sections import Config, Section, TaskConfig
+from fltac.config.sections import Config, Section
 from fltac.errors import InputError
+
+S = TypeVar("S", bound=Section)
 
 
 def parse_override(text: str) -> Tree:
@@ -60,7 +62,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     per_method = _per_method(merge(tree, overriding).get("methods"))
     merged = merge(merge(merged, per_method.get(method) or {}), overriding)
     merged["methods"] = {}
-    return _validated(merged)
+    return validated(Config, merged)
 
 
 def _per_method(tree: Any) -> Mapping[str, Tree]:
@@ -80,17 +82,40 @@ def _per_method(tree: Any) -> Mapping[str, Tree]:
     return tree
 
 
-def read_yaml(path: Path) -> Tree:
-    """Raises InputError where the file is missing or not a YAML mapping."""
+def read_yaml(path: Path, what: str = "config") -> Tree:
+    """The content of a YAML file.
+
+    Args:
+        path: The file.
+        what: What the file is, for errors.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or is not a YAML mapping.
+    """
+    name = f"{what} {path}"
     if not path.is_file():
-        raise InputError(f"config {path}: no such file")
+        raise InputError(f"{name}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = str(error).split("\n")[0]
-        raise InputError(f"config {path}: not YAML: {line}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not YAML: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
+    return parse_yaml(text, name)
+
+
+def parse_yaml(text: str, name: str) -> Tree:
+    """A YAML text as a mapping; ``name`` says in errors whose text it is.
+
+    Raises:
+        InputError: it is not a YAML mapping.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{name}: not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
-        raise InputError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
+        raise InputError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
 
 
@@ -108,18 +133,38 @@ def _preset(method: Any) -> Tree:
     return PRESETS[method]
 
 
-def _validated(tree: Tree) -> Config:
-    _refuse_unknown(tree, Config, "")
+def validated(section: type[S], tree: Tree, whole: str = "config") -> S:
+    """A tree of settings as a typed record.
+
+    Args:
+        section: The record's type.
+        tree: Names to values.
+        whole: How errors that concern no single key call the record.
+
+    Raises:
+        InputError: naming the key, its value and what is allowed; for an unknown key the nearest valid one.
+    """
+    _refuse_unknown(tree, section, "")
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        # Beside field names, pydantic puts the names of the types that it tried.
-        key = ".".join(str(part) for part in first["loc"] if str(part).replace("_", "").isalnum()) or "config"
+        key = _key(tree, first["loc"]) or whole
         message = first["msg"].removeprefix("Value error, ")
         value = first.get("input")
-        shown = "" if isinstance(value, dict | Config | Section) else f" got {value!r};"
+        shown = "" if isinstance(value, dict | Section) else f" got {value!r};"
         raise InputError(f"{key}:{shown} {message[0].lower() + message[1:]}") from error
+
+
+def _key(tree: Any, location: Sequence[int | str]) -> str:
+    """A place in the tree, dotted, without the names of the types that pydantic tried on the value there."""
+    parts = []
+    for part in location:
+        if not isinstance(tree, Mapping | list):
+            break
+        parts.append(str(part))
+        tree = tree.get(part, {}) if isinstance(tree, Mapping) else {}
+    return ".".join(parts)
 
 
 def _refuse_unknown(tree: Any, section: type[BaseModel], path: str) -> None:
@@ -133,9 +178,13 @@ def _refuse_unknown(tree: Any, section: type[BaseModel], path: str) -> None:
             near = difflib.get_close_matches(str(key), section.model_fields, 1)
             hint = f"did you mean {path}{near[0]}?" if near else f"allowed are {', '.join(section.model_fields)}"
             raise InputError(f"{where}: unknown key; {hint}")
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            _refuse_unknown(value, inner, f"{where}.")
-        elif key == "tasks" and isinstance(value, Mapping):
-            for name, task in value.items():
-                _refuse_unknown(task, TaskConfig, f"{where}.{name}.")
+        kind = field.annotation
+        if _is_section(kind):
+            _refuse_unknown(value, kind, f"{where}.")
+        elif get_origin(kind) is dict and _is_section(get_args(kind)[1]) and isinstance(value, Mapping):
+            for name, one in value.items():
+                _refuse_unknown(one, get_args(kind)[1], f"{where}.{name}.")
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

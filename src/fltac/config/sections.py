@@ -13,6 +13,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
 class BackboneConfig(Section):
     """The frozen pretrained model."""
 
@@ -25,7 +28,7 @@ class BackboneConfig(Section):
     pooler. ``auto``: ``cls`` for images, else ``mean``."""
     max_length: Positive = 128
     """Text is cut after this many tokens; cut rows are counted."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
 
 
 class TaskConfig(Section):
@@ -79,7 +82,13 @@ class FederationConfig(Section):
     rounds: Annotated[int, Field(ge=0)] = 5
     seed: int = 0
     participation: Share = 1.0
-    """Share of the clients asked in a round, at least one."""
+    """Share of the clients that are there that is asked in a round, at least ``quorum`` of them."""
+    quorum: Positive = 1
+    """So many clients have to be there before a round begins, and to reply for it to change anything."""
+    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    """How long a round over the network waits for replies; default: until everybody who is still there has replied."""
+    stale: Literal["drop", "use"] = "drop"
+    """A reply after the deadline is not used, or used in the round in which it arrives."""
     partition: PartitionConfig = PartitionConfig()
     pool: Literal["none", "sum", "single"] = "none"
     """Not federated: all of a task's rows in one place, trained in one go; ``sum``: with the steps that all the
@@ -190,6 +199,8 @@ class AggregationConfig(Section):
 
 
 class ServerConfig(Section):
+    seed: int | None = None
+    """Of the server's own random choices (cohorts, v0, clustering); default: ``federation.seed``."""
     clustering: ClusteringConfig = ClusteringConfig()
     aggregation: AggregationConfig = AggregationConfig()
 
@@ -199,8 +210,10 @@ class ServerSettings:
     """What the server's functions are given of a configuration: it has no room for a task's name.
 
     Attributes:
-        seed: Of the run.
+        seed: Of the server's own choices.
         participation: Share of the clients asked in a round, in (0, 1].
+        quorum: The least number of clients that must reply.
+        stale: What happens to replies after their round's deadline.
         k: Number of clusters.
         clustering: How uploads are grouped.
         aggregation: How a group becomes one adapter.
@@ -208,6 +221,8 @@ class ServerSettings:
 
     seed: int
     participation: float
+    quorum: int
+    stale: Literal["drop", "use"]
     k: int
     clustering: ClusteringConfig
     aggregation: AggregationConfig
@@ -217,13 +232,16 @@ class WireConfig(Section):
     """Encoding of the payloads."""
 
     dtype: Literal["float32", "float16"] = "float32"
+    message_mb: Positive = 1024
+    """The largest message that a coordinator sends or reads over the network, in MiB."""
 
 
 class EvaluationConfig(Section):
     every: Annotated[int, Field(ge=0)] = 1
     """Evaluate after every so many rounds; 0: only after the last."""
     max_rows: Positive | None = None
-    """Validation rows of a task scored during the run (a fixed seeded subset); all of them at the end."""
+    """Validation rows of a task scored during the run (a fixed seeded subset); all of them at the end, except by the
+    nodes of a federation, whose time is their owners'."""
     batch_size: Positive = 64
 
 
@@ -240,7 +258,8 @@ class Config(Section):
 
     method: str = "fltac"
     backbone: BackboneConfig
-    tasks: Annotated[dict[str, TaskConfig], Field(min_length=1)]
+    tasks: dict[str, TaskConfig] = Field(default_factory=dict)
+    """Empty for the coordinator of a federation whose tasks only the data owners know."""
     data_root: str | None = None
     """Folder with parquet files ``<data set>/<task>/<split>.parquet`` that presets read instead of the hub."""
     federation: FederationConfig = FederationConfig()
@@ -267,12 +286,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
+        if not self.tasks and self.server.clustering.k is None:
+            raise ValueError("tasks: there are none; without tasks server.clustering.k has to be given")
         if self.training.trainable == "all" and not self.pooled:
             raise ValueError("training.trainable=all needs federation.pool=sum or single")
         if self.pooled and self.training.adapters == "shared":
             raise ValueError("federation.pool needs training.adapters=per-task")
         if self.federation.partition.rule == "table" and not self.federation.partition.table:
             raise ValueError("federation.partition.rule=table needs federation.partition.table")
+        if self.federation.quorum > self.federation.clients:
+            raise ValueError(
+                f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
+            )
         return self
 
     @property
@@ -284,8 +309,10 @@ class Config(Section):
     def server_settings(self) -> ServerSettings:
         """The part of the configuration that the server may see."""
         return ServerSettings(
-            seed=self.federation.seed,
+            seed=self.federation.seed if self.server.seed is None else self.server.seed,
             participation=1.0 if self.pooled else self.federation.participation,
+            quorum=1 if self.pooled else self.federation.quorum,
+            stale=self.federation.stale,
             k=self.clusters,
             clustering=self.server.clustering,
             aggregation=self.server.aggregation,

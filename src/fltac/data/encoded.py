@@ -119,6 +119,7 @@ class EncodedTask:
         train: Training rows, of all clients together.
         validation: Rows that it is scored on.
         label_names: Names of the classes where there are any.
+        encoder: Fingerprint of the tokenizer, or of the image settings, that the rows were encoded with.
         max_length: Tokens that a row is cut after; None for images.
     """
 
@@ -129,6 +130,7 @@ class EncodedTask:
     train: Split
     validation: Split
     label_names: tuple[str, ...] | None
+    encoder: str
     max_length: int | None = None
 
 
@@ -158,9 +160,38 @@ def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
             train=encode_split(raw.train, encoder),
             validation=encode_split(raw.validation, encoder),
             label_names=raw.label_names,
+            encoder=encoder.fingerprint,
             max_length=encoder.max_length,
         )
     return out
+
+
+def encoder_fingerprint(config: BackboneConfig, backbone_folder: str, kind: Kind) -> str:
+    """``EncodedTask.encoder`` of any task of a kind, for those who have no task at hand.
+
+    Raises:
+        InputError: the backbone has no tokenizer or image settings.
+    """
+    columns = ("text",) if kind == "text" else ("image",)
+    anybody = ResolvedTask(
+        name="of a data owner",
+        kind=kind,
+        hub=None,
+        subset=None,
+        path=None,
+        path_key="",
+        builtin=None,
+        train_split="train",
+        validation_split=None,
+        validation_path=None,
+        validation=None,
+        columns=columns,
+        label="label",
+        labels=None,
+        metric="accuracy",
+        max_rows=None,
+    )
+    return ENCODERS[kind](config, backbone_folder, anybody).fingerprint
 
 
 def encode_split(split: RawSplit, encoder: Encoder) -> Split:

@@ -75,8 +75,7 @@ class ImageEncoder:
 
     def content(self, split: RawSplit) -> Iterator[bytes]:
         """The images' files, for a fingerprint."""
-        for row, value in enumerate(_values(split)):
-            yield _file_bytes(split, row, value)
+        return image_files(split)
 
     def encode(self, split: RawSplit) -> Iterator[pa.RecordBatch]:
         """Record batches of ``BATCH`` rows: the pixels of each image and its label."""
@@ -145,6 +144,16 @@ def image_encoder(config: BackboneConfig, folder: str, task: ResolvedTask) -> Im
     geometry, normalisation = read_image_settings(config, folder, task.name)
     content = json.dumps([asdict(geometry), asdict(normalisation)], sort_keys=True)
     return ImageEncoder(geometry, normalisation, hashlib.sha256(content.encode()).hexdigest())
+
+
+def image_files(split: RawSplit) -> Iterator[bytes]:
+    """Each row's image as the bytes of a file, in whatever format it is stored.
+
+    Raises:
+        InputError: a row has no image, or its file cannot be read.
+    """
+    for row, value in enumerate(_values(split)):
+        yield _file_bytes(split, row, value)
 
 
 def _enlarge(pixels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Tables for the terminal: the scores of one run, and who holds how much of which task."""
+"""Tables for the terminal: the scores of one run, who holds how much of which task, and a data owner's tasks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +36,18 @@ def partition_table(counts: Mapping[str, Mapping[str, int]], tasks: Sequence[str
     sums = [sum(row.get(task, 0) for row in counts.values()) for task in tasks]
     table.add_section()
     table.add_row("all", *map(str, sums), str(sum(sums)))
+    return table
+
+
+def client_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
+    """A data owner's tasks: slot, training and validation rows, outputs, and what a round should take."""
+    table = Table("task", "slot")
+    for heading in ("rows", "outputs", "majority", "steps", "seconds"):
+        table.add_column(heading, justify="right")
+    for task in tasks:
+        rows = f"{task['rows']} + {task['validation_rows']}"
+        numbers = (str(task["outputs"]), _score(task["majority"]), str(task["steps"]), f"{task['seconds']:.2f}")
+        table.add_row(task["task"], str(task["slot"]), rows, *numbers)
     return table
 
 

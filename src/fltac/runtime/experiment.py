@@ -13,13 +13,14 @@ from fltac.data.partition import Partition
 from fltac.errors import InputError
 from fltac.evaluation import ScoreKey, clustering_record
 from fltac.records import RoundReport, ServerState
-from fltac.runtime.checkpoint import latest_checkpoint, save_checkpoint
+from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.export import export_clusters
 from fltac.runtime.lane_setup import available_cores, choose_plan
 from fltac.runtime.loop import Record, as_sent, federate
 from fltac.runtime.meter import Meter
 from fltac.runtime.progress import Progress, Silent
 from fltac.runtime.run_directory import RunDirectory, create, open_existing, refuse_occupied
+from fltac.runtime.session import keep_first, keeper, last_state, refuse_changed
 from fltac.runtime.setup import Experiment, load_partition, prepare, resolved
 from fltac.runtime.simulation import Simulation
 from fltac.runtime.summary import baselines, judged, no_report, summarised, truncation_lines, untrained_record
@@ -56,7 +57,7 @@ def run(config: Config, out: str | Path | None = None, progress: Progress | None
     directory = create(path, experiment.config, experiment.fingerprints, _gpu())
     directory.write_lanes(_lane_plan(experiment))
     state = _first_state(experiment)
-    save_checkpoint(directory.path, state, {}, config.output.keep_checkpoints)
+    keep_first(directory, state)
     return _continue(experiment, directory, state, progress or Silent())
 
 
@@ -70,20 +71,14 @@ def resume(directory: str | Path, progress: Progress | None = None) -> RunResult
     summary = opened.summary()
     if summary is not None:
         return RunResult(opened.path, summary)
-    checkpoint = latest_checkpoint(opened.path)
     experiment = prepare(opened.config)
-    _refuse_changed(opened, experiment)
+    refuse_changed(opened, experiment.fingerprints)
     if opened.lanes() is None:
         opened.write_lanes(_lane_plan(experiment))
-    if checkpoint is None:
-        if opened.rounds():
-            raise InputError(f"{opened.path}: has records of rounds but no checkpoint; start a new run")
+    state = last_state(opened)
+    if state is None:
         state = _first_state(experiment)
-        save_checkpoint(opened.path, state, {}, opened.config.output.keep_checkpoints)
-    else:
-        state = checkpoint.state
-    opened.cut_rounds(state.round_number)
-    _refuse_partial(opened)
+        keep_first(opened, state)
     return _continue(experiment, opened, state, progress or Silent())
 
 
@@ -127,11 +122,15 @@ def _first_state(experiment: Experiment) -> ServerState:
 
 def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
     opened = open_existing(path)
+    if opened.federation() is not None:
+        raise InputError(
+            f"{path}: a federation's run; its adapters lie in adapters/, the nodes' scores in summary.json"
+        )
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
         raise InputError(f"{path}: has no checkpoint; `fltac resume {path}` starts the run")
     experiment = prepare(opened.config)
-    _refuse_changed(opened, experiment)
+    refuse_changed(opened, experiment.fingerprints)
     return opened, experiment, checkpoint.state
 
 
@@ -154,15 +153,8 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         clustering = clustering_record(state, report, experiment.holdings)
         return {"tasks": None, "mean_score": None, "clustering": clustering}
 
-    def keep(state: ServerState, record: Record) -> None:
-        # The record first: a kill between the two leaves a line too many, which resume cuts.
-        directory.append_round(record)
-        save_checkpoint(directory.path, state, {}, config.output.keep_checkpoints)
-        progress.round_finished(record)
-        if not record["updates"] and record["rejected"]:
-            progress.message(f"round {record['round']}: no update could be used: {record['rejections'][0]}")
-
-    simulation = Simulation(experiment.clients, model, config, passes, state.initial, meter.on_pass)
+    simulation = Simulation(experiment.clients, model, config, passes, meter.on_pass)
+    keep = keeper(directory, progress)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
     for line in truncation_lines(experiment):
         progress.message(line)
@@ -179,32 +171,6 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         progress.close()
         model.restore()
     return RunResult(directory.path, summary)
-
-
-def _refuse_partial(opened: RunDirectory) -> None:
-    """Raises InputError, before anything is trained, where a record lacks what the summary is made of."""
-    for record in opened.rounds():
-        missing = {"bytes", "seconds", "tasks"} - record.keys()
-        if missing:
-            raise InputError(
-                f"{opened.path}: the record of round {record['round']} has no {', '.join(sorted(missing))}"
-            )
-
-
-def _refuse_changed(opened: RunDirectory, experiment: Experiment) -> None:
-    """Raises InputError where the config, the data or the backbone are not those that the run started with."""
-    manifest = opened.manifest()
-    if manifest is None:
-        raise InputError(f"{opened.path}: its manifest.json is missing, so nobody knows what the run started with")
-    stored = manifest.get("fingerprints")
-    if not isinstance(stored, dict) or set(stored) != set(experiment.fingerprints):
-        raise InputError(f"{opened.path}: its manifest.json is damaged: the fingerprints are not those of a run")
-    for name, value in experiment.fingerprints.items():
-        if stored[name] != value:
-            raise InputError(
-                f"{opened.path}: {name} has changed since this run started "
-                f"(fingerprint {str(stored[name])[:12]}, now {value[:12]}); start a new run"
-            )
 
 
 def _lane_plan(experiment: Experiment) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """How a backbone is run on this machine: precision, packing, shortcuts, and how large a pass may be."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,31 +28,27 @@ NO_LIMIT = 2**62
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def build_model(
-    config: Config, backbone: Backbone, modules: Mapping[str, tuple[int, int]], task: EncodedTask
-) -> LaneModel:
-    """Puts lanes into the backbone, in the run's precision, after trying it on a few rows of a task.
+def try_backbone(model: LaneModel, task: EncodedTask, config: Config) -> None:
+    """Tries a backbone in float32 on a few rows of a task, sets what it can take, and puts it into its precision.
 
     Raises:
         InputError: it cannot be run; rows of different lanes mix in it and ``training.lanes`` is not 1; or
             ``training.packing`` asks for packed rows and it cannot take them.
     """
-    training = config.training
-    precision = choose_precision(training, backbone.device)
-    dtype = torch.float64 if precision == torch.float64 else torch.float32
+    training, backbone = config.training, model.backbone
     use_own_attention(backbone.model)
     few = some_rows(task.train)
     longest = int(task.train.lengths[few].max())
     lanes = [task.train.batch(few[[end]], longest) for end in (0, -1)]
     name = f"backbone.name: {config.backbone.name!r} ({type(backbone.model).__name__})"
-    model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
+    adapted = bool(model.layers)
     try:
         model.features(model.stack([task.train.batch(few)]), 0)
-        apart = not modules or keeps_lanes_apart(model, lanes)
+        apart = not adapted or keeps_lanes_apart(model, lanes)
         if training.packing is True or (training.packing == "auto" and backbone.device.type == "cpu"):
             model.first_position = first_position(backbone, task.train.batch(few))
-            apart = apart and (not modules or keeps_lanes_apart(model, lanes))
-        if modules:
+            apart = apart and (not adapted or keeps_lanes_apart(model, lanes))
+        if adapted:
             take_shortcuts(model, lanes)
     except FAILURES as error:
         reason = " ".join(str(error).split())[:160]
@@ -61,8 +57,7 @@ def build_model(
         raise InputError(f"{name} mixes the rows of different adapters in a pass; set training.lanes=1")
     if training.packing is True and not model.packs:
         raise InputError(f"training.packing: true, but {name} cannot be run on packed rows; allowed are auto, false")
-    backbone.model.to(precision)
-    return model
+    backbone.model.to(choose_precision(training, backbone.device))
 
 
 def some_rows(split: Split) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fltac.config import Config
-from fltac.records import Adapter, Reply, Request, RoundReport, ServerState, SlotKey
+from fltac.records import Adapter, LateReply, Presence, Reply, Request, RoundReport, ServerState, SlotKey
+from fltac.server.cohort import admit
 from fltac.server.round import finish_round, plan_delivery, plan_round
 from fltac.wire.codec import decode_adapter, encode_adapter
 
@@ -18,7 +19,13 @@ Record = dict[str, Any]
 class Exchange:
     """The replies of a round and what they cost.
 
-    ``loss`` is the mean training loss over all slots; None if nothing was trained.
+    Attributes:
+        replies: Of this round.
+        up_bytes: Payload of the replies that arrived.
+        down_bytes: Payload of the requests.
+        train_seconds: From the first request to the last reply.
+        loss: The mean training loss over all slots; None if nothing was trained, or nobody says.
+        late: Replies to earlier rounds that arrived during this one.
     """
 
     replies: tuple[Reply, ...]
@@ -26,6 +33,7 @@ class Exchange:
     down_bytes: int
     train_seconds: float
     loss: float | None
+    late: tuple[LateReply, ...] = ()
 
 
 def as_sent(state: ServerState, config: Config) -> ServerState:
@@ -42,6 +50,14 @@ def as_sent(state: ServerState, config: Config) -> ServerState:
 
 class Runtime(Protocol):
     """What differs between a simulation and a federation over the network."""
+
+    def notes(self) -> Record:
+        """What else a round's record should say, since the last call."""
+        ...
+
+    def present(self) -> Sequence[Presence]:
+        """The clients that can be asked now, sorted; waits until there are as many as the quorum."""
+        ...
 
     def exchange(self, requests: Sequence[Request]) -> Exchange:
         """Sends the requests of a round and collects the replies."""
@@ -88,14 +104,17 @@ def federate(
     settings = config.server_settings
     for number in range(state.round_number + 1, rounds + 1):
         last = number == rounds
-        requests = plan_round(state, settings)
+        present = runtime.present()
+        admitted = admit(state, present, settings)
+        state = state if admitted is state else as_sent(admitted, config)
+        requests = plan_round(state, settings, present)
         on_round(number, requests)
         exchange = runtime.exchange(requests)
         start = time.perf_counter()
-        state, report = finish_round(state, requests, exchange.replies, settings, groups)
+        state, report = finish_round(state, requests, exchange.replies, settings, groups, exchange.late)
         state = as_sent(state, config)
         served = time.perf_counter()
-        delivered = runtime.deliver(plan_delivery(state))[1] if last else 0
+        delivered = runtime.deliver(plan_delivery(state, present))[1] if last else 0
         judged = judge(state, report, last)
         sent = config.communicates
         record = {
@@ -103,6 +122,7 @@ def federate(
             "clients": len(report.cohort),
             "updates": report.updates,
             "rejected": len(report.rejections),
+            **({"stale": report.stale} if exchange.late else {}),
             **judged,
             "bytes": {
                 "up": exchange.up_bytes if sent else 0,
@@ -119,5 +139,5 @@ def federate(
             record["rejections"] = [
                 {"client": item.client, "slot": item.slot, "reason": item.reason} for item in report.rejections
             ]
-        keep(state, record)
+        keep(state, record | runtime.notes())
     return state

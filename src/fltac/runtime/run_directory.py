@@ -25,6 +25,8 @@ ROUNDS = "rounds.jsonl"
 SUMMARY = "summary.json"
 LANES = "lanes.json"
 EVALUATION = "evaluation.json"
+FEDERATION = "federation.json"
+"""There in the directory of a federation's run: how to start it again."""
 PLAN_KEYS = ("lanes", "tokens")
 
 
@@ -113,6 +115,14 @@ class RunDirectory:
             keys = " and ".join(PLAN_KEYS)
             raise InputError(f"{self.path / LANES}: got {plan}; expected whole numbers from 1 for {keys}")
         return None if plan is None else {key: plan[key] for key in PLAN_KEYS}
+
+    def write_federation(self, again: Mapping[str, object]) -> None:
+        """Replaces ``federation.json``."""
+        write_atomic(self.path / FEDERATION, (to_json(again, indent=2) + "\n").encode())
+
+    def federation(self) -> dict[str, Any] | None:
+        """What ``federation.json`` holds; None where the run is no federation's."""
+        return _read_json(self.path / FEDERATION)
 
     def manifest(self) -> dict[str, Any] | None:
         """What ``manifest.json`` holds. Raises InputError where it is damaged."""

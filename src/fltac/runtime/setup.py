@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from fltac.builtin import builtin_folder
 from fltac.client.client import Client, LocalTask, local_steps
@@ -13,13 +14,13 @@ from fltac.data.encoded import EncodedTask, Split, load_tasks
 from fltac.data.partition import Partition, make_partition
 from fltac.errors import InputError
 from fltac.evaluation import Holding
-from fltac.model.backbone import Backbone, load_backbone
+from fltac.model.backbone import Backbone, Kind, load_backbone
 from fltac.model.lanes import LaneModel
 from fltac.model.targets import find_targets, layer_shapes
 from fltac.paths import BUILTIN, resolve
 from fltac.records import SlotKey
-from fltac.runtime.lane_setup import PRECISIONS, admit_to_prefix, available_cores, build_model, choose_precision
-from fltac.server.round import draw_cohort
+from fltac.runtime.lane_setup import PRECISIONS, admit_to_prefix, available_cores, choose_precision, try_backbone
+from fltac.server.cohort import draw_cohort
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,13 @@ def backbone_folder(config: Config) -> str:
 
 
 def load_partition(config: Config) -> tuple[dict[str, EncodedTask], Partition]:
-    """Loads and encodes the tasks, and splits their training rows over the clients."""
+    """Loads and encodes the tasks, and splits their training rows over the clients.
+
+    Raises:
+        InputError: there are no tasks, or something is wrong with them.
+    """
+    if not config.tasks:
+        raise InputError("tasks: there are none; only the coordinator of a federation can do without")
     tasks = load_tasks(config, backbone_folder(config))
     labels = {name: np.asarray(task.train.labels) for name, task in tasks.items()}
     return tasks, make_partition(config, labels)
@@ -87,15 +94,7 @@ def prepare(config: Config) -> Experiment:
         InputError: anything in the configuration, the data or the backbone is wrong.
     """
     tasks, partition = load_partition(config)
-    kinds = {task.kind for task in tasks.values()}
-    if len(kinds) > 1:
-        named = ", ".join(f"{task.name} ({task.kind})" for task in tasks.values())
-        raise InputError(f"tasks: one backbone reads one kind, got {named}")
-    backbone = load_backbone(config.backbone, kinds.pop(), backbone_folder(config))
-    full = config.training.trainable == "all"
-    paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)
-    modules = layer_shapes(backbone.model, paths)
-    model = build_model(config, backbone, modules, next(iter(tasks.values())))
+    backbone, modules, model = build_model(config, tasks)
     clients, holdings = build_clients(config, partition, tasks)
     admit_to_prefix(model, _visits(config, clients, tasks), config.training.prefix_cache * 2**20)
     heads = {
@@ -107,6 +106,42 @@ def prepare(config: Config) -> Experiment:
     return Experiment(
         config, tasks, partition, backbone, modules, model, clients, holdings, dict(sorted(heads.items()))
     )
+
+
+def build_model(
+    config: Config, tasks: Mapping[str, EncodedTask]
+) -> tuple[Backbone, dict[str, tuple[int, int]], LaneModel]:
+    """Loads the backbone for some tasks, as :func:`wrapped_backbone`, and tries it on them.
+
+    Raises:
+        InputError: the tasks are of several kinds, or the backbone cannot be used for them.
+    """
+    kinds = {task.kind for task in tasks.values()}
+    if len(kinds) > 1:
+        named = ", ".join(f"{task.name} ({task.kind})" for task in tasks.values())
+        raise InputError(f"tasks: one backbone reads one kind, got {named}")
+    backbone, modules, model = wrapped_backbone(config, kinds.pop())
+    try_backbone(model, next(iter(tasks.values())), config)
+    return backbone, modules, model
+
+
+def wrapped_backbone(config: Config, kind: Kind) -> tuple[Backbone, dict[str, tuple[int, int]], LaneModel]:
+    """Loads the backbone in float32 and wraps it.
+
+    Returns:
+        The backbone, the adapted modules with (in_features, out_features), and the backbone with its lanes.
+
+    Raises:
+        InputError: it cannot be loaded, or is of another kind.
+    """
+    backbone = load_backbone(config.backbone, kind, backbone_folder(config))
+    full = config.training.trainable == "all"
+    paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)
+    modules = layer_shapes(backbone.model, paths)
+    precision = choose_precision(config.training, backbone.device)
+    dtype = torch.float64 if precision == torch.float64 else torch.float32
+    model = LaneModel(backbone, modules, config.lora.rank, config.lora.scaling, dtype)
+    return backbone, modules, model
 
 
 def resolved(experiment: Experiment) -> Experiment:
@@ -144,9 +179,9 @@ def _visits(config: Config, clients: Mapping[str, Client], tasks: Mapping[str, E
 
 def rounds_taken(config: Config, clients: Sequence[str]) -> dict[str, int]:
     """In how many of the federation's rounds each of the clients (sorted) is drawn into the cohort."""
-    federation = config.federation
+    federation, seed = config.federation, config.server_settings.seed
     cohorts = [
-        draw_cohort(clients, federation.participation, federation.seed, number)
+        draw_cohort(clients, federation.participation, seed, number, federation.quorum)
         for number in range(1, federation.rounds + 1)
     ]
     return {client: sum(client in cohort for cohort in cohorts) for client in clients}

@@ -13,8 +13,8 @@ from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train_each
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
-from fltac.records import Adapter, Reply, Request
-from fltac.runtime.loop import Exchange
+from fltac.records import Adapter, Presence, Reply, Request
+from fltac.runtime.loop import Exchange, Record
 from fltac.wire.blob import WireError
 from fltac.wire.codec import decode_reply, decode_request, encode_reply, encode_request
 
@@ -28,7 +28,6 @@ class Simulation:
         model: The backbone with its lanes.
         config: The run's configuration.
         plan: How large a pass may be; its adapters may belong to different clients.
-        initial: v0, which a client keeps once it has received it.
         on_pass: Called after each pass.
     """
 
@@ -36,8 +35,25 @@ class Simulation:
     model: LaneModel
     config: Config
     plan: LanePlan
-    initial: Adapter
     on_pass: OnPass = no_report
+
+    def present(self) -> list[Presence]:
+        """Everybody, always."""
+        hidden = self.model.backbone.hidden
+        return [
+            Presence(
+                client.id,
+                {
+                    slot: {local.head_key: (local.task.outputs, hidden) for local in own}
+                    for slot, own in client.slots.items()
+                },
+            )
+            for _, client in sorted(self.clients.items())
+        ]
+
+    def notes(self) -> Record:
+        """Nothing."""
+        return {}
 
     def exchange(self, requests: Sequence[Request]) -> Exchange:
         """Sends the requests, trains, and collects the replies."""
@@ -46,7 +62,7 @@ class Simulation:
         jobs = [
             job
             for request in received
-            for job in plan_jobs(self.clients[request.client], request, self.initial, self.config)
+            for job in plan_jobs(self.clients[request.client], request, request.initial or {}, self.config)
         ]
         asked = Counter(job.client for job in jobs)
         done: dict[str, list[Trained]] = {client: [] for client in asked}

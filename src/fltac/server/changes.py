@@ -89,31 +89,53 @@ def received_by(state: ServerState) -> dict[SlotKey, Adapter]:
     return {key: cluster.adapter for cluster in state.clusters for key in cluster.members}
 
 
-def remember(state: ServerState, updates: Sequence[Update], decay: float, seed: int) -> Changes:
-    """Adds to each slot's memory what it has learned since this round began.
+def width_of(state: ServerState) -> int:
+    """Numbers kept of each adapted matrix: as many as are held of it already, whoever has joined since."""
+    held = next((len(tensors[BODY]) for tensors in state.memory.values()), None)
+    if held is None:
+        return width_for(len(state.clients))
+    initial = state.initial
+    sizes = [len(initial[name + LORA_B]) * initial[name + LORA_A].shape[1] for name in lora_modules(initial)]
+    widths = (WIDEST >> down for down in range(WIDEST.bit_length()))
+    return next(width for width in widths if sum(min(size, width) for size in sizes) == held)
+
+
+def remember(
+    state: ServerState, updates: Sequence[Update], began: Mapping[SlotKey, Adapter], decay: float, seed: int
+) -> Changes:
+    """Adds to each slot's memory what it has learned since its round began.
 
     Args:
         state: Before the round; not changed.
         updates: Checked, at least one.
+        began: What each of the updates began from; a head that it lacks was taken from v0.
         decay: Weight of what was learned in earlier rounds, for slots with an update.
         seed: Of the run.
     """
-    width = width_for(len(state.clients))
+    width = width_of(state)
     index = {key: row for row, key in enumerate(sorted(state.memory.keys() | {update.key for update in updates}))}
-    body, modules = _body(state, updates, index, decay, width, seed)
+    body, modules = _body(state, updates, began, index, decay, width, seed)
     held = {name[len(HEAD) :] for tensors in state.memory.values() for name in tensors if is_head(name)}
     sent = {
         key for key in head_keys(state.initial) if any(f"{HEAD}{key}.weight" in update.adapter for update in updates)
     }
-    heads = {key: _heads(key, state, updates, index, decay, width * HEAD_WIDTH, seed) for key in sorted(held | sent)}
+    heads = {
+        key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed) for key in sorted(held | sent)
+    }
     return Changes(tuple(index), body, modules, heads)
 
 
 def _body(
-    state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int], decay: float, width: int, seed: int
+    state: ServerState,
+    updates: Sequence[Update],
+    began: Mapping[SlotKey, Adapter],
+    index: Mapping[SlotKey, int],
+    decay: float,
+    width: int,
+    seed: int,
 ) -> tuple[FloatArray, tuple[slice, ...]]:
     """The sketches of all adapted matrices, and each one's columns."""
-    initial, received = state.initial, received_by(state)
+    initial = state.initial
     sketches: dict[str, tuple[ProductSketch, slice]] = {}
     end = 0
     for module in lora_modules(initial):
@@ -136,13 +158,13 @@ def _body(
         np.multiply(held[BODY], decay if key in updated else 1.0, out=body[index[key]])
     groups: dict[int, list[Update]] = {}  # those that continued from the same adapter, by its identity
     for update in updates:
-        groups.setdefault(id(received.get(update.key, initial)), []).append(update)
+        groups.setdefault(id(began[update.key]), []).append(update)
     # Some updates at a time, with all their tensors: those of one lie close together.
     step = max(1, BLOCK // largest)
     parts = [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
 
     for part in parts:
-        base = received.get(part[0].key, initial)
+        base = began[part[0].key]
         change = np.empty((len(part), end), dtype=np.float32)
         for module, (sketch, columns) in sketches.items():
             change[:, columns] = _matrix_changes(part, base, module, sketch)
@@ -163,6 +185,7 @@ def _heads(
     key: str,
     state: ServerState,
     updates: Sequence[Update],
+    began: Mapping[SlotKey, Adapter],
     index: Mapping[SlotKey, int],
     decay: float,
     width: int,
@@ -170,7 +193,7 @@ def _heads(
 ) -> Heads:
     """The sketches of the heads of one key."""
     name, parts = HEAD + key, (HEAD + key + ".weight", HEAD + key + ".bias")
-    received, updated = received_by(state), {update.key for update in updates}
+    updated = {update.key for update in updates}
     sent = [update for update in updates if parts[0] in update.adapter]
     slots = sorted({slot for slot, held in state.memory.items() if name in held} | {update.key for update in sent})
     place = {slot: row for row, slot in enumerate(slots)}
@@ -185,7 +208,7 @@ def _heads(
         block = np.empty((len(sent[start : start + step]), size), dtype=np.float32)
         for row, update in zip(block, sent[start : start + step], strict=True):
             # A client takes a head that its cluster's adapter lacks from v0.
-            base = received.get(update.key, state.initial)
+            base = began[update.key]
             change = [update.adapter[part] - base.get(part, state.initial[part]) for part in parts]
             np.concatenate([tensor.ravel() for tensor in change], out=row)
         values[[place[update.key] for update in sent[start : start + step]]] += sketch(block)

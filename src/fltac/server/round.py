@@ -15,6 +15,9 @@ from fltac.records import (
     Adapter,
     Cluster,
     FloatArray,
+    LateReply,
+    Presence,
+    Rejection,
     Reply,
     Request,
     RoundReport,
@@ -25,12 +28,10 @@ from fltac.records import (
 from fltac.seeding import generator
 from fltac.server.aggregation import mean_adapter, weights_of
 from fltac.server.changes import received_by, remember
+from fltac.server.cohort import draw_cohort, first_head
 from fltac.server.grouping import ACCUMULATING, Evidence, Grouping, group_slots
 from fltac.server.matching import match_clusters
-from fltac.server.validation import accept_updates
-
-HEAD_DEVIATION = 0.02
-"""Of a head's first weights, as transformers draws a classifier's."""
+from fltac.server.validation import accept_late, accept_updates
 
 
 def init_server(
@@ -58,47 +59,64 @@ def init_server(
         value = draw.uniform(-bound, bound, shape) if name.endswith(LORA_A) else np.zeros(shape)
         initial[name] = value.astype(np.float32)
     for key, (outputs, hidden) in head_shapes.items():
-        initial[f"head.{key}.weight"] = draw.normal(0.0, HEAD_DEVIATION, (outputs, hidden)).astype(np.float32)
-        initial[f"head.{key}.bias"] = np.zeros(outputs, dtype=np.float32)
+        initial |= first_head(key, (outputs, hidden), draw)
     return ServerState(round_number=0, initial=initial, clients=tuple(sorted(clients)))
 
 
-def draw_cohort(clients: Sequence[str], participation: float, seed: int, round_number: int) -> tuple[str, ...]:
-    """The clients asked in a round: a seeded share of all, at least one, sorted."""
-    count = max(1, round(participation * len(clients)))
-    chosen = generator(seed, "cohort", round_number).choice(len(clients), count, replace=False)
-    return tuple(clients[index] for index in sorted(chosen))
+def plan_round(
+    state: ServerState, settings: ServerSettings, present: Sequence[Presence] | None = None
+) -> list[Request]:
+    """The requests of the next round, one for each client of the cohort, sorted by client.
 
-
-def plan_round(state: ServerState, settings: ServerSettings) -> list[Request]:
-    """The requests of the next round, one for each client of the cohort, sorted by client."""
+    Args:
+        state: With everybody who is there admitted.
+        settings: The server's settings.
+        present: The clients that are there, at least one; default: all that are known, with the slots that are.
+    """
     number = state.round_number + 1
-    cohort = draw_cohort(state.clients, settings.participation, settings.seed, number)
-    return _requests(state, number, cohort)
+    there = _presences(state) if present is None else {item.client: item for item in present}
+    cohort = draw_cohort(sorted(there), settings.participation, settings.seed, number, settings.quorum)
+    return _requests(state, number, [there[client] for client in cohort])
 
 
-def plan_delivery(state: ServerState) -> list[Request]:
-    """What every client is sent after the last round."""
-    return _requests(state, state.round_number, state.clients)
+def plan_delivery(state: ServerState, present: Sequence[Presence] | None = None) -> list[Request]:
+    """What every client that is there (default: that is known) is sent after a round."""
+    there = _presences(state) if present is None else {item.client: item for item in present}
+    return _requests(state, state.round_number, [there[client] for client in sorted(there)])
 
 
-def _requests(state: ServerState, number: int, clients: Sequence[str]) -> list[Request]:
-    """A client that has a cluster for one of its slots has answered before, and so holds v0 already."""
-    adapters = {cluster.id: cluster.adapter for cluster in state.clusters}
-    slots: dict[str, dict[int, int]] = {client: {} for client in clients}
-    for (client, slot), cluster in sorted(state.assignment().items()):
-        if client in slots:
-            slots[client][slot] = cluster
-    return [
-        Request(
-            round_number=number,
-            client=client,
-            slots=own,
-            adapters={cluster: adapters[cluster] for cluster in sorted(set(own.values()))},
-            initial=None if own else state.initial,
+def _presences(state: ServerState) -> dict[str, Presence]:
+    heads: dict[str, dict[int, Mapping[str, tuple[int, int]]]] = {client: {} for client in state.clients}
+    for client, slot in state.assignment():
+        heads[client][slot] = {}
+    return {client: Presence(client, own) for client, own in heads.items()}
+
+
+def _requests(state: ServerState, number: int, clients: Sequence[Presence]) -> list[Request]:
+    assignment, adapters = state.assignment(), {cluster.id: cluster.adapter for cluster in state.clusters}
+    requests = []
+    for item in clients:
+        slots = {
+            slot: assignment[item.client, slot] for slot in sorted(item.heads) if (item.client, slot) in assignment
+        }
+        requests.append(
+            Request(
+                round_number=number,
+                client=item.client,
+                slots=slots,
+                adapters={cluster: adapters[cluster] for cluster in sorted(set(slots.values()))},
+                initial=state.initial if _lacks(item, slots, adapters) else None,
+            )
         )
-        for client, own in slots.items()
-    ]
+    return requests
+
+
+def _lacks(item: Presence, slots: Mapping[int, int], adapters: Mapping[int, Adapter]) -> bool:
+    """Whether a slot has no cluster yet, or uses a head that its cluster's adapter has not; clients keep nothing."""
+    return not slots or any(
+        slot not in slots or any(f"head.{key}.weight" not in adapters[slots[slot]] for key in heads)
+        for slot, heads in item.heads.items()
+    )
 
 
 def finish_round(
@@ -107,6 +125,7 @@ def finish_round(
     replies: Sequence[Reply],
     settings: ServerSettings,
     groups: Mapping[SlotKey, int] | None = None,
+    late: Sequence[LateReply] = (),
 ) -> tuple[ServerState, RoundReport]:
     """Checks, groups, keeps identities, averages.
 
@@ -116,18 +135,35 @@ def finish_round(
         replies: What came back, in any order; missing clients are reported.
         settings: The server's settings.
         groups: Opaque group numbers for the rule ``given``.
+        late: Replies to earlier rounds that came only now. Where stale ones are used, an update counts as it is, and
+            what it learned counts from the adapter that it began from; this round's update of a slot goes first.
 
     Returns:
-        The state after the round and the report. Without a single update to use, only the round number changes.
+        The state after the round and the report. Without a single update to use, or with replies of fewer clients
+        than the quorum, only the round number changes.
     """
     number = state.round_number + 1
     cohort = tuple(sorted(request.client for request in requests))
     updates, rejections = accept_updates(replies, cohort, state.initial)
+    received = received_by(state)
+    began = {update.key: received.get(update.key, state.initial) for update in updates}
+    stale = 0
+    replied = sorted({update.client for update in updates})
+    if len(replied) < settings.quorum:
+        few = f"{len(replied)} clients replied, fewer than the quorum of {settings.quorum}; the round changes nothing"
+        rejections += [Rejection(client, None, few) for client in replied]
+        updates = []
+    else:
+        for item in late:
+            used, refused = accept_late(item, began, state.initial, settings.stale)
+            began |= {update.key: item.request.sent(update.slot) or state.initial for update in used}
+            updates, rejections, stale = [*updates, *used], [*rejections, *refused], stale + len(used)
+        updates.sort(key=lambda update: update.key)
     if not updates:
         nothing = RoundReport(number, cohort, 0, tuple(rejections), None, None)
         return replace(state, round_number=number), nothing
     rule = settings.clustering
-    changes = remember(state, updates, rule.memory, settings.seed) if rule.rule in ACCUMULATING else None
+    changes = remember(state, updates, began, rule.memory, settings.seed) if rule.rule in ACCUMULATING else None
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, changes, groups), settings)
@@ -141,7 +177,7 @@ def finish_round(
         next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
     )
     k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None
-    return after, RoundReport(number, cohort, len(updates), tuple(rejections), k, grouping.silhouette)
+    return after, RoundReport(number, cohort, len(updates), tuple(rejections), k, grouping.silhouette, stale)
 
 
 @dataclass(frozen=True)

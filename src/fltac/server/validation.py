@@ -1,10 +1,11 @@
 """Checks every upload before anything is computed from it; what fails is left out, named, and the round goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
-from fltac.records import Adapter, Rejection, Reply, Update, is_head
+from fltac.records import Adapter, LateReply, Rejection, Reply, SlotKey, Update, is_head
 
 LARGEST = 1e6
 """An upload with a larger number has diverged, and its square would leave float32's accuracy in a mean."""
@@ -73,6 +74,28 @@ def accept_updates(
     silent = [client for client in cohort if client not in answered]
     rejections += [Rejection(client, None, "no reply") for client in silent]
     return sorted(updates, key=lambda update: update.key), rejections
+
+
+def accept_late(
+    late: LateReply, known: Container[SlotKey], initial: Adapter, stale: Literal["drop", "use"]
+) -> tuple[list[Update], list[Rejection]]:
+    """Says what of a reply that came after its round's deadline can be used in the round that is being finished.
+
+    Args:
+        late: The reply with the request that it answers.
+        known: The slots that have an update of this round already.
+        initial: v0, as for :func:`accept_updates`.
+        stale: Whether such replies are used at all.
+    """
+    client, number = late.request.client, late.request.round_number
+    if stale == "drop":
+        return [], [Rejection(client, None, f"its reply to round {number} came after the deadline")]
+    updates, rejections = accept_updates([late.reply], [client], initial)
+    newer = [update for update in updates if update.key in known]
+    rejections += [
+        Rejection(client, update.slot, f"its update of round {number} came after a newer one") for update in newer
+    ]
+    return [update for update in updates if update.key not in known], rejections
 
 
 def _reply_fault(reply: Reply, cohort: frozenset[str], answered: set[str]) -> str | None:

@@ -1,0 +1,108 @@
+"""Who takes part in a federation: what each node said about itself, and why some nodes are refused."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fltac.records import Presence
+from fltac.wire.node_protocol import NodeHello
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What every node has to have in common with the coordinator.
+
+    Attributes:
+        backbone: SHA-256 of the frozen weights.
+        tokenizer: SHA-256 of the tokenizer, or of the image settings.
+        body_shapes: Name and shape of every adapter tensor that is not a head.
+        hidden: Width of what a head reads.
+    """
+
+    backbone: str
+    tokenizer: str
+    body_shapes: Mapping[str, tuple[int, ...]]
+    hidden: int
+
+    def fault(self, hello: NodeHello) -> str | None:
+        """Says in one line why a node cannot take part; None if it can."""
+        if not hello.heads:
+            return "it has no slots"
+        if hello.backbone != self.backbone:
+            return (
+                f"its backbone's weights are others (fingerprint {hello.backbone[:12]}, "
+                f"the coordinator's {self.backbone[:12]})"
+            )
+        if hello.tokenizer != self.tokenizer:
+            return (
+                f"its tokenizer or image settings are others (fingerprint {hello.tokenizer[:12]}, "
+                f"the coordinator's {self.tokenizer[:12]})"
+            )
+        return self._shape_fault(hello)
+
+    def _shape_fault(self, hello: NodeHello) -> str | None:
+        for name in sorted({*self.body_shapes, *hello.body_shapes}):
+            ours, theirs = self.body_shapes.get(name), hello.body_shapes.get(name)
+            if ours is None or theirs is None or tuple(ours) != tuple(theirs):
+                return f"its adapter differs: {name} is {_shape(theirs)}, the coordinator's {_shape(ours)}"
+        for slot, heads in sorted(hello.heads.items()):
+            for key, (_, hidden) in sorted(heads.items()):
+                if hidden != self.hidden:
+                    return f"the head {key} of its slot {slot} reads {hidden} values, the backbone gives {self.hidden}"
+        return None
+
+
+@dataclass
+class Roll:
+    """The nodes that are connected: members by what they said, others by why they are refused.
+
+    Attributes:
+        reference: What members have in common.
+        hellos: Of the members, by address.
+        refused: Why a node takes no part, by address.
+    """
+
+    reference: Reference
+    hellos: dict[str, NodeHello] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, node: str, hello: NodeHello) -> str | None:
+        """Takes a node in, or anew with what it says now.
+
+        Returns:
+            Why it is refused; None where it is a member.
+        """
+        self.hellos.pop(node, None)
+        self.refused.pop(node, None)
+        fault = self.reference.fault(hello)
+        if fault is None and hello.client in self.clients():
+            fault = "another node that is connected has this client id"
+        if fault is None:
+            self.hellos[node] = hello
+        else:
+            self.refuse(node, f"client {hello.client}: {fault}")
+        return self.refused.get(node)
+
+    def refuse(self, node: str, reason: str) -> None:
+        """Notes that a node takes no part."""
+        self.hellos.pop(node, None)
+        self.refused[node] = reason
+
+    def keep(self, nodes: Iterable[str]) -> None:
+        """Forgets all nodes but these."""
+        for known in (self.hellos, self.refused):
+            for node in set(known) - set(nodes):
+                del known[node]
+
+    def clients(self) -> dict[str, str]:
+        """The members' addresses by client id."""
+        return {hello.client: node for node, hello in self.hellos.items()}
+
+    def presences(self, without: Iterable[str] = ()) -> list[Presence]:
+        """The members as the server is told of them, sorted by client id, but for some addresses."""
+        left = set(without)
+        there = [hello for node, hello in self.hellos.items() if node not in left]
+        return [Presence(hello.client, hello.heads) for hello in sorted(there, key=lambda hello: hello.client)]
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))

@@ -43,7 +43,7 @@ test-all: $(FLOWER) lint types
 
 # Minutes to hours, on a quiet machine; needs FLTAC_DATA. One alone: python benchmarks/bench/<name>.py
 bench: $(STAMP)
-	for name in start server step round clients; do $(BIN)/python benchmarks/bench/$$name.py || exit 1; done
+	for name in start server step round clients accuracy; do $(BIN)/python benchmarks/bench/$$name.py || exit 1; done
 
 bench-report: $(STAMP)
 	$(BIN)/python benchmarks/bench/report.py

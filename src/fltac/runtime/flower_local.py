@@ -1,16 +1,19 @@
 """A whole federation on one machine, with TLS and node keys on loopback: for trying out, tests and benchmarks.
 
-Everything runs in processes of its own, and all of it lies in one folder. What was started is stopped by its id.
+Everything runs in processes of its own, and all that they leave lies in one folder. What was started is stopped by its
+id.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,17 +60,15 @@ class LocalFederation:
         self.certs = self.folder / "certs"
         write_certificates(self.certs, nodes=list(clients))
         write_app(self.app, config)
-        home, workers = self.folder / "flwr", self.folder / "w"
+        home = self.folder / "flwr"
         home.mkdir()
-        workers.mkdir(mode=0o700)
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "FLTAC_WORKERS"},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "FLTAC_WORKERS": str(workers),
             **(environment or {}),
         }
         (home / "config.toml").write_text(
@@ -158,6 +159,9 @@ class LocalFederation:
 
     def start(self, name: str, command: Sequence[str]) -> None:
         """Starts a process in a session of its own."""
+        if "FLTAC_WORKERS" not in self.environment:
+            # Not in the folder: the path of a socket may not be long.
+            self.environment["FLTAC_WORKERS"] = tempfile.mkdtemp(prefix="fltac-")
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 list(command),
@@ -190,6 +194,8 @@ class LocalFederation:
             # Its session is its own, so its group holds nothing but what it has started.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+        if not self.processes:
+            shutil.rmtree(self.environment.pop("FLTAC_WORKERS", ""), ignore_errors=True)
 
     def _answers(self) -> bool:
         context = ssl.create_default_context(cafile=str(self.certs / "ca.crt"))

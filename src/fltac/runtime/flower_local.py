@@ -56,6 +56,7 @@ class LocalFederation:
         self.folder, self.clients, self.port = folder.absolute(), dict(clients), free_port()
         self.app, self.run_directory = self.folder / "app", self.folder / "run"
         self.node_config = dict(node_config or {})
+        self._workers: str | None = None
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.certs = self.folder / "certs"
         write_certificates(self.certs, nodes=list(clients))
@@ -63,7 +64,7 @@ class LocalFederation:
         home = self.folder / "flwr"
         home.mkdir()
         self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "FLTAC_WORKERS"},
+            **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -159,13 +160,13 @@ class LocalFederation:
 
     def start(self, name: str, command: Sequence[str]) -> None:
         """Starts a process in a session of its own."""
-        if "FLTAC_WORKERS" not in self.environment:
+        if self._workers is None:
             # Not in the folder: the path of a socket may not be long.
-            self.environment["FLTAC_WORKERS"] = tempfile.mkdtemp(prefix="fltac-")
+            self._workers = tempfile.mkdtemp(prefix="fltac-")
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 list(command),
-                env=self.environment,
+                env={**self.environment, "FLTAC_WORKERS": self._workers},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -194,8 +195,9 @@ class LocalFederation:
             # Its session is its own, so its group holds nothing but what it has started.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-        if not self.processes:
-            shutil.rmtree(self.environment.pop("FLTAC_WORKERS", ""), ignore_errors=True)
+        if not self.processes and self._workers is not None:
+            shutil.rmtree(self._workers, ignore_errors=True)
+            self._workers = None
 
     def _answers(self) -> bool:
         context = ssl.create_default_context(cafile=str(self.certs / "ca.crt"))

@@ -76,6 +76,10 @@ def show(out: Path) -> None:
     opened = open_existing(out)
     summary = opened.summary() or {}
     Console().print(summary_table(summary))
+    scores = summary["slots"]
+    shares = ", ".join(f"{name} {value:.3f}" for name, value in scores["distribution"].items())
+    worst = scores["worst_client"]
+    print(f"{scores['slots']} slots, each on its own node: {shares}; worst {worst['client']} {worst['score']:.3f}")
     for record in opened.rounds():
         network = record["network"]
         megabytes = {name: {way: size / 1e6 for way, size in network[name].items()} for name in ("payload", "wire")}

@@ -241,6 +241,18 @@ def test_a_refused_node_is_asked_again_and_comes_in_once_it_is_mended() -> None:
     assert (clients[0], clients[-1]) == (2, 3)
 
 
+def test_a_refused_node_that_is_mended_while_the_round_waits_for_it_comes_in() -> None:
+    post = trio()
+    node = post.nodes_by_address["b@1"]
+    right = node.hello
+    node.hello = replace(right, backbone="c" * 64)
+    post.happen(REMINDER_SECONDS / 2, lambda: setattr(node, "hello", right))
+    game = Game(post, "federation.quorum=3", "federation.rounds=1")
+    game.play()
+    assert game.records[0]["clients"] == 3
+    assert post.now < 2 * REMINDER_SECONDS
+
+
 def test_a_node_that_answers_with_an_error_is_named_and_asked_again_who_it_is() -> None:
     post = trio()
     node = post.nodes_by_address["b@1"]

@@ -163,6 +163,15 @@ def test_what_a_stale_update_learned_counts_from_where_it_began() -> None:
     )
 
 
+@pytest.mark.parametrize("stale", ["drop", "use"])
+def test_a_late_error_says_what_it_was(stale: str) -> None:
+    settings = server("method=fedit", f"federation.stale={stale}")
+    before = after_a_round("method=fedit")
+    arrived = [LateReply(Request(1, "c", {}, {}, before.initial), Reply("c", error="disk full"))]
+    _, report = finish_round(before, plan_round(before, settings), [reply("a", adapter(4, 4))], settings, None, arrived)
+    assert Rejection("c", None, "late, of round 1: disk full") in report.rejections
+
+
 @pytest.mark.parametrize("bad", [float("nan"), 1e9])
 def test_late_replies_are_checked_like_others(bad: float) -> None:
     settings = server("method=fedit", "federation.stale=use")

@@ -90,6 +90,7 @@ class Federation:
                 reminded = self._clock()
                 names = ", ".join(item.client for item in there) or "nobody"
                 self._say(f"waiting for {quorum} clients; there are {len(there)}: {names}")
+                self._say_hello(nodes, set(self.roll.refused))
             self._sleep(POLL_SECONDS)
 
     def exchange(self, requests: Sequence[Request]) -> Exchange:

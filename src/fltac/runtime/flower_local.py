@@ -1,16 +1,19 @@
 """A whole federation on one machine, with TLS and node keys on loopback: for trying out, tests and benchmarks.
 
-Everything runs in processes of its own, and all of it lies in one folder. What was started is stopped by its id.
+Everything runs in processes of its own, and all that they leave lies in one folder. What was started is stopped by its
+id.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,13 +56,13 @@ class LocalFederation:
         self.folder, self.clients, self.port = folder.absolute(), dict(clients), free_port()
         self.app, self.run_directory = self.folder / "app", self.folder / "run"
         self.node_config = dict(node_config or {})
+        self._workers: str | None = None
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.certs = self.folder / "certs"
         write_certificates(self.certs, nodes=list(clients))
         write_app(self.app, config)
-        home, workers = self.folder / "flwr", self.folder / "w"
+        home = self.folder / "flwr"
         home.mkdir()
-        workers.mkdir(mode=0o700)
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -67,7 +70,6 @@ class LocalFederation:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "FLTAC_WORKERS": str(workers),
             **(environment or {}),
         }
         (home / "config.toml").write_text(
@@ -158,10 +160,13 @@ class LocalFederation:
 
     def start(self, name: str, command: Sequence[str]) -> None:
         """Starts a process in a session of its own."""
+        if self._workers is None:
+            # Not in the folder: the path of a socket may not be long.
+            self._workers = tempfile.mkdtemp(prefix="fltac-")
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 list(command),
-                env=self.environment,
+                env={**self.environment, "FLTAC_WORKERS": self._workers},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -190,6 +195,9 @@ class LocalFederation:
             # Its session is its own, so its group holds nothing but what it has started.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+        if not self.processes and self._workers is not None:
+            shutil.rmtree(self._workers, ignore_errors=True)
+            self._workers = None
 
     def _answers(self) -> bool:
         context = ssl.create_default_context(cafile=str(self.certs / "ca.crt"))

@@ -88,6 +88,8 @@ def accept_late(
         stale: Whether such replies are used at all.
     """
     client, number = late.request.client, late.request.round_number
+    if late.reply.error is not None:
+        return [], [Rejection(client, None, f"late, of round {number}: {late.reply.error}")]
     if stale == "drop":
         return [], [Rejection(client, None, f"its reply to round {number} came after the deadline")]
     updates, rejections = accept_updates([late.reply], [client], initial)

@@ -32,7 +32,7 @@ def play(config: Config) -> Round:
     torch.set_num_threads(config.training.threads or 1)
     settings = config.server_settings
     state = init_server(settings, model.body_shapes, experiment.head_shapes, experiment.clients)
-    plan = choose_plan(config.training, model, next(iter(experiment.tasks.values())))
+    plan = choose_plan(config.training, model, next(iter(experiment.tasks.values())), config.training.threads or 1)
     simulation = Simulation(experiment.clients, model, config, plan)
     requests = plan_round(state, settings)
     exchange = simulation.exchange(requests)

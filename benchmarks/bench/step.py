@@ -153,7 +153,7 @@ def main() -> int:
     state = init_server(config.server_settings, model.body_shapes, experiment.head_shapes, experiment.clients)
     requests = plan_round(state, config.server_settings)
     jobs = [job for one in requests for job in plan_jobs(experiment.clients[one.client], one, state.initial, config)]
-    plan = choose_plan(config.training, model, next(iter(experiment.tasks.values())))
+    plan = choose_plan(config.training, model, next(iter(experiment.tasks.values())), config.training.threads or 1)
     of_task = {name: [job for job in jobs if job.steps[0].task.name == name] for name in experiment.tasks}
     architecture = model.backbone.model.config
 
@@ -230,7 +230,7 @@ def main() -> int:
             "packed": model.packs,
             "batch_size": BATCH,
             "rank": RANK,
-            "plan": {"lanes": plan.lanes, "tokens": plan.tokens},
+            "plan": {"lanes": plan.lanes, "tokens": plan.tokens, "workers": plan.workers},
             "matrix_peak_flops": peaks,
             "mixed_queue": {**ours.record(), "slots": len(jobs), "flops": ours.flops},
             "one_task_at_a_time": tasks,

@@ -210,8 +210,8 @@ def test_pools_do_not_depend_on_the_order(tiny_bert: Path) -> None:
     model = make_model(tiny_bert, torch.float32)
     jobs = [make_job(model, name, seed) for seed, name in enumerate("abcde")]
     for packed in (False, True):
-        found = [[job.client for job in pool] for pool in pools(jobs, 2, packed)]
-        assert found == [[job.client for job in pool] for pool in pools(jobs[::-1], 2, packed)]
+        found = [[job.client for job in pool] for pool in pools(jobs, 2, LanePlan(64, 2**62, packed))]
+        assert found == [[job.client for job in pool] for pool in pools(jobs[::-1], 2, LanePlan(64, 2**62, packed))]
         assert sorted(len(pool) for pool in found) == [1, 2, 2]
 
 
@@ -271,3 +271,42 @@ def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path
     for name, parameter in reference.named_parameters():
         expected = (parameter.detach() - weights[name]).numpy()
         np.testing.assert_allclose(result[f"{name}.delta"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_workers_side_by_side_change_nothing(tiny_bert: Path, packed: bool, lanes: int) -> None:
+    """Twelve jobs of different steps and heads, three workers; the threads of torch are as they were."""
+    model = make_model(tiny_bert, torch.float64, packed)
+    config = TrainingConfig(lr=1e-2, clip_norm=0.05)
+    jobs = [make_job(model, f"c{n:02}", seed=n, steps=4 + n % 3, outputs=2 + n % 2) for n in range(12)]
+    alone = train(model, jobs, config, 0.2, LanePlan(lanes, 2**62, packed))
+    before = torch.get_num_threads()
+    crew = train(model, jobs, config, 0.2, LanePlan(lanes, 2**62, packed, workers=3))
+    assert torch.get_num_threads() == before
+    for one, other in zip(alone, crew, strict=True):
+        assert one.job is other.job
+        assert largest_difference(dict(one.adapter), dict(other.adapter)) < 1e-6
+        assert one.loss == pytest.approx(other.loss, abs=1e-6)
+    again = train(model, jobs[::-1], config, 0.2, LanePlan(lanes, 2**62, packed, workers=3))[::-1]
+    for one, other in zip(crew, again, strict=True):
+        assert largest_difference(dict(one.adapter), dict(other.adapter)) == 0.0, "the same bits whatever the order"
+
+
+def test_workers_get_about_equally_much(tiny_bert: Path) -> None:
+    model = make_model(tiny_bert, torch.float32)
+    jobs = [make_job(model, f"c{n}", n, steps=2 + n) for n in range(9)]
+    found = pools(jobs, 64, LanePlan(64, 2**62, True, workers=3))
+    tokens = [sum(int(job.packed_sizes.sum()) for job in pool) for pool in found]
+    assert len(found) == 3
+    assert max(tokens) - min(tokens) <= max(int(job.packed_sizes.sum()) for job in jobs)
+
+
+def test_an_error_in_a_worker_is_raised(tiny_bert: Path) -> None:
+    model = make_model(tiny_bert, torch.float32)
+    jobs = [make_job(model, f"c{n}", n) for n in range(4)]
+    bad = {**jobs[2].start}
+    del bad[next(iter(bad))]
+    jobs[2] = TrainJob("c2", 0, bad, jobs[2].steps, 30, 0)
+    with pytest.raises(KeyError):
+        train(model, jobs, SETTINGS["adamw"], 0.0, LanePlan(1, 2**62, workers=2))

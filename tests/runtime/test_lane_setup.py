@@ -20,11 +20,11 @@ def test_a_pass_holds_what_is_fast_or_what_fits(tiny_bert: Path, monkeypatch: py
     each = bytes_per_token(model, task)  # type: ignore[arg-type]
     auto = TrainingConfig()
     monkeypatch.setattr(lane_setup, "free_memory", lambda _: 2**60)
-    assert choose_plan(auto, model, task) == lane_setup.LanePlan(POOL, 1536, packed=True)  # type: ignore[arg-type]
+    assert choose_plan(auto, model, task, 1) == lane_setup.LanePlan(POOL, 1536, packed=True)  # type: ignore[arg-type]
     monkeypatch.setattr(lane_setup, "free_memory", lambda _: int(each * 200))
-    assert choose_plan(auto, model, task).tokens in (99, 100)  # type: ignore[arg-type]
-    fixed = choose_plan(TrainingConfig(lanes=3), model, task)  # type: ignore[arg-type]
-    assert (fixed.lanes, fixed.tokens) == (3, lane_setup.NO_LIMIT)
+    assert choose_plan(auto, model, task, 1).tokens in (99, 100)  # type: ignore[arg-type]
+    fixed = choose_plan(TrainingConfig(lanes=3), model, task, 2)  # type: ignore[arg-type]
+    assert (fixed.lanes, fixed.tokens, fixed.workers) == (3, lane_setup.NO_LIMIT, 2)
 
 
 def test_the_activations_of_a_token_are_measured(tiny_bert: Path) -> None:

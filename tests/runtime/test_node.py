@@ -56,7 +56,7 @@ class Both:
         torch.set_num_threads(1)
         client = found.clients[request.client]
         jobs = plan_jobs(client, request, initial, config)
-        plan = choose_plan(config.training, found.model, next(iter(found.tasks.values())))
+        plan = choose_plan(config.training, found.model, next(iter(found.tasks.values())), 1)
         return jobs, reply_of(client, train(found.model, jobs, config.training, config.lora.dropout, plan))
 
 

@@ -27,11 +27,14 @@ class LanePlan:
         lanes: The most adapters in a pass.
         tokens: The most tokens in a pass, padding included; a single adapter's batch may be larger.
         packed: Rows are packed one after the other instead of padded.
+        workers: Passes that run side by side, each on one thread of the processor: a pass is many small operations,
+            which two threads of their own share badly.
     """
 
     lanes: int
     tokens: int
     packed: bool = False
+    workers: int = 1
 
 
 def plan_passes(sizes: Sequence[Numbers], plan: LanePlan) -> list[list[int]]:

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fltac.client.crew import Crew
 from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
@@ -124,28 +127,43 @@ def train_each(
 ) -> Iterator[Trained]:
     """As :func:`train`, but yields each result when its pool is done, so that not all need to be in memory."""
     # One adapter at a time needs no others in memory; with full fine-tuning each is as large as the backbone.
-    for pool in pools(jobs, 1 if plan.lanes == 1 else POOL, plan.packed):
-        yield from train_pool(model, pool, config, dropout, plan, on_pass)
+    todo = pools(jobs, 1 if plan.lanes == 1 else POOL, plan)
+    with warnings.catch_warnings():
+        # The gradients' strides are those of the matrix that the optimizer works on.
+        warnings.filterwarnings("ignore", message="grad and param do not obey")
+        if plan.workers == 1 or len(todo) == 1:
+            for pool in todo:
+                yield from train_pool(model, pool, config, dropout, plan, on_pass)
+        else:
+            with Crew(model, plan.workers) as crew:
+                for done in crew.map(lambda own, pool: train_pool(own, pool, config, dropout, plan, on_pass), todo):
+                    yield from done
 
 
-def pools(jobs: Sequence[TrainJob], size: int, packed: bool) -> list[list[TrainJob]]:
+def pools(jobs: Sequence[TrainJob], size: int, plan: LanePlan) -> list[list[TrainJob]]:
     """Groups jobs that are in memory together, at most ``size``: near in steps; a fixed function of the jobs.
 
-    Where rows are padded, also of equal batch sizes and near in length.
+    Where rows are padded, also of equal batch sizes and near in length. With several workers, a multiple of their
+    number, about equal in tokens.
     """
 
     def order(job: TrainJob) -> tuple[int | float | str, ...]:
-        if packed:
+        if plan.packed:
             return (len(job.steps), job.client, job.slot)
         return (job.rows, len(job.steps), float(job.padded_sizes.mean()), job.client, job.slot)
 
-    out: list[list[TrainJob]] = []
-    for job in sorted(jobs, key=order):
-        apart = not packed and bool(out) and out[-1][0].rows != job.rows
-        if not out or len(out[-1]) == size or apart:
-            out.append([])
-        out[-1].append(job)
-    return out
+    ordered = sorted(jobs, key=order)
+    tokens = np.array([(job.packed_sizes if plan.packed else job.padded_sizes).sum() for job in ordered])
+    apart = np.array([0 if plan.packed else job.rows for job in ordered])
+    count = plan.workers
+    while True:
+        # Which of ``count`` equal parts of all tokens the middle of a job falls into.
+        share = (np.cumsum(tokens) - tokens / 2) / max(1, tokens.sum())
+        cuts = list(zip((share * count).astype(int).tolist(), apart.tolist(), strict=True))
+        out = [[job for job, _ in own] for _, own in groupby(zip(ordered, cuts, strict=True), key=itemgetter(1))]
+        if all(len(pool) <= size for pool in out):
+            return out
+        count += plan.workers
 
 
 def train_pool(
@@ -167,10 +185,7 @@ def train_pool(
         model.activate(numbers)
         model.lanes.generators = [generators[number] for number in numbers]
         losses = lane_losses(model, [pool[number].steps[optimizer.done[number]] for number in numbers])
-        with warnings.catch_warnings():
-            # The gradients' strides are those of the matrix that the optimizer works on.
-            warnings.filterwarnings("ignore", message="grad and param do not obey")
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()  # type: ignore[no-untyped-call]
         active = len(numbers)
         optimizer.step(numbers, model.values[:active], model.gradients[:active])
         sums[numbers] += losses.detach().float()

@@ -5,6 +5,7 @@ pass is slow for short rows, and in bfloat16 for all; two batched matrix product
 between are faster. Where they do not apply, the fused kernel runs in float32.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +28,17 @@ LONGEST = {torch.bfloat16: 512, torch.float32: 64, torch.float64: 64}
 HARMLESS = frozenset({"dropout", "scaling", "is_causal", "position_ids", "cache", "past_key_values", "use_cache"})
 """Options of an attention call that packed attention handles or that say nothing about what attends to what."""
 
-_in_flight: list[PackedRows] = []
-"""The rows of the packed batch that a model is run on, if any: a model passes nothing of its caller's to its layers."""
+
+class _InFlight(threading.local):
+    """The rows of the packed batch that this thread runs a model on, if any.
+
+    A model passes nothing of its caller's to its layers.
+    """
+
+    rows: PackedRows | None = None
+
+
+_in_flight = _InFlight()
 
 
 class UnpackableError(ValueError):
@@ -38,16 +48,16 @@ class UnpackableError(ValueError):
 @contextmanager
 def attending(rows: PackedRows) -> Iterator[None]:
     """Inside, models that use :func:`attend` take their input for one packed sequence of these rows."""
-    _in_flight.append(rows)
+    before, _in_flight.rows = _in_flight.rows, rows
     try:
         yield
     finally:
-        _in_flight.pop()
+        _in_flight.rows = before
 
 
 def rows_in_flight() -> PackedRows | None:
     """The rows of the packed batch that a model is run on now; None for padded rows."""
-    return _in_flight[-1] if _in_flight else None
+    return _in_flight.rows
 
 
 def use_own_attention(model: PreTrainedModel) -> bool:
@@ -66,7 +76,7 @@ def use_own_attention(model: PreTrainedModel) -> bool:
 
 def mask(*arguments: Any, **options: Any) -> Tensor | None:
     """The mask that :func:`attend` is given: none for packed rows, else that of the fused attention."""
-    return None if _in_flight else sdpa_mask(*arguments, **options)
+    return None if _in_flight.rows is not None else sdpa_mask(*arguments, **options)
 
 
 def attend(
@@ -88,8 +98,9 @@ def attend(
     Raises:
         UnpackableError: the rows are packed and the model asks for a window, a bias or the like.
     """
-    if _in_flight:
-        return _packed(module, query, key, value, attention_mask, options, _in_flight[-1]), None
+    rows = rows_in_flight()
+    if rows is not None:
+        return _packed(module, query, key, value, attention_mask, options, rows), None
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", False) if causal is None else causal
     length = query.shape[2]

@@ -22,15 +22,15 @@ class Cut:
     """Where to leave all but the first tokens behind.
 
     Attributes:
-        module: A part of the last layer.
+        path: Of a part of the last layer.
         before: Cut its input; else its output.
     """
 
-    module: nn.Module
+    path: str
     before: bool
 
     @contextmanager
-    def made(self) -> Iterator[None]:
+    def made(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model's last hidden states hold, of what is right, only the first tokens.
 
         Packed rows: ``[1, rows, hidden]``. Padded rows: ``[rows, 1 or length, hidden]``.
@@ -42,7 +42,8 @@ class Cut:
         def cut_output(_: nn.Module, __: Any, out: Any) -> Any:
             return (first_tokens(out[0]), *out[1:]) if isinstance(out, tuple) else first_tokens(out)
 
-        register = self.module.register_forward_pre_hook if self.before else self.module.register_forward_hook
+        module = model.get_submodule(self.path)
+        register = module.register_forward_pre_hook if self.before else module.register_forward_hook
         handle = register(cut_input if self.before else cut_output)  # type: ignore[arg-type]
         try:
             yield
@@ -72,6 +73,6 @@ def possible_cuts(model: nn.Module, adapted: Sequence[str]) -> list[Cut]:
     if any(part not in ATTENTION for part in inside):
         return []
     parts = dict(layers[-1].named_children())
-    before = [Cut(parts[name], True) for name in FEED_FORWARD if name in parts]
-    after = [Cut(parts[name], False) for name in ATTENTION if name in parts]
+    before = [Cut(last + name, True) for name in FEED_FORWARD if name in parts]
+    after = [Cut(last + name, False) for name in ATTENTION if name in parts]
     return before + after

@@ -4,9 +4,10 @@ The layers look into a second, smaller matrix with a row for each lane of the pa
 (norms, steps and moments are each lane's own by construction), and an adapter is loaded or read by copying one row.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fltac.model.backbone import Backbone, pooled
 from fltac.model.first_token import Cut
-from fltac.model.lora import LanePass, attach
+from fltac.model.lora import LanePass, attach, detached
 from fltac.model.packed_pass import pooled_packed
 from fltac.model.packing import PackedBatch, pack
 from fltac.model.prefix import Prefix, RowKey
@@ -90,6 +91,7 @@ class LaneModel:
         """
         self.backbone = backbone
         self.dtype = dtype
+        self._modules, self._rank, self._scaling = modules, rank, scaling
         self.lanes = LanePass()
         self.layers = attach(backbone.model, modules, scaling, self.lanes)
         self.full = {} if modules else dict(backbone.model.named_parameters())
@@ -108,6 +110,18 @@ class LaneModel:
         self.gradients = self._all
         self.in_pass: tuple[int, ...] = ()
         self._head_tensors: list[dict[str, Tensor]] = []
+
+    def twin(self) -> "LaneModel":
+        """Another one around the same frozen weights, for another thread; not for full fine-tuning."""
+        assert self.layers, "full fine-tuning changes the weights"
+        model = self.backbone.model
+        weights = [*model.parameters(), *model.buffers()]
+        with detached(model, self.layers):
+            copied = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+        other = LaneModel(replace(self.backbone, model=copied), self._modules, self._rank, self._scaling, self.dtype)
+        other.first_position, other.cut = self.first_position, self.cut
+        other.prefix = None if self.prefix is None else replace(self.prefix, model=copied)
+        return other
 
     def load(self, adapters: Sequence[Adapter], lanes: int | None = None) -> None:
         """Takes adapters in, replacing all there were, and puts the first ones into the pass.
@@ -201,7 +215,7 @@ class LaneModel:
             if self.prefix is not None and self.prefix.admits(keys):
                 shortcuts.enter_context(self.prefix.supplied(batch, keys))
             if self.cut is not None:
-                shortcuts.enter_context(self.cut.made())
+                shortcuts.enter_context(self.cut.made(self.backbone.model))
             if isinstance(batch, PackedBatch):
                 assert self.first_position is not None, "packed rows for a backbone that is not known to take them"
                 self.lanes.packed = batch.rows

@@ -175,8 +175,9 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
 
 def _lane_plan(experiment: Experiment) -> dict[str, int]:
     """What is fixed for the whole run since it changes rounding."""
-    plan = choose_plan(experiment.config.training, experiment.model, next(iter(experiment.tasks.values())))
-    return {"lanes": plan.lanes, "tokens": plan.tokens}
+    training, task = experiment.config.training, next(iter(experiment.tasks.values()))
+    plan = choose_plan(training, experiment.model, task, training.threads or available_cores())
+    return {"lanes": plan.lanes, "tokens": plan.tokens, "workers": plan.workers}
 
 
 def _gpu() -> str | None:

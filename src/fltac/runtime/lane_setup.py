@@ -117,19 +117,27 @@ def multiplies_bfloat16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
-def choose_plan(config: TrainingConfig, model: LaneModel, task: EncodedTask) -> LanePlan:
-    """How large a pass may be; full fine-tuning has the backbone for itself.
+def choose_plan(config: TrainingConfig, model: LaneModel, task: EncodedTask, threads: int) -> LanePlan:
+    """How large a pass may be, and how many run side by side; full fine-tuning has the backbone for itself.
 
     With ``training.lanes: auto`` as many tokens as are fast on the device, or as their activations fit into memory,
     which is measured on a small pass.
+
+    Args:
+        config: The ``training`` section.
+        model: The backbone with its lanes, as it will be used.
+        task: Gives rows for the measurement.
+        threads: Of the processor.
     """
     if config.trainable == "all":
         return LanePlan(1, NO_LIMIT, model.packs)
+    device = model.backbone.device
+    workers = threads if device.type == "cpu" else 1
     if config.lanes != "auto":
-        return LanePlan(config.lanes, NO_LIMIT, model.packs)
-    fast = TOKENS_PER_PASS[model.backbone.device.type]
-    fits = SHARE_OF_MEMORY * free_memory(model.backbone.device) / bytes_per_token(model, task)
-    return LanePlan(POOL, max(1, int(min(fast, fits)) // _tokens_per_length(model.backbone)), model.packs)
+        return LanePlan(config.lanes, NO_LIMIT, model.packs, workers)
+    fits = SHARE_OF_MEMORY * free_memory(device) / bytes_per_token(model, task) / workers
+    tokens = int(min(TOKENS_PER_PASS[device.type], fits)) // _tokens_per_length(model.backbone)
+    return LanePlan(POOL, max(1, tokens), model.packs, workers)
 
 
 def bytes_per_token(model: LaneModel, task: EncodedTask) -> float:

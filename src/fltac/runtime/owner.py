@@ -73,6 +73,7 @@ def load_owner(config: Config, client_file: Path) -> Owner:
     own = file.applied(config)
     tasks = load_tasks(own, backbone_folder(own))
     backbone, _, model = build_model(own, tasks)
+    threads = file.limits.threads or own.training.threads or available_cores()
     return Owner(
         config=own,
         file=file,
@@ -81,8 +82,8 @@ def load_owner(config: Config, client_file: Path) -> Owner:
         client=_client(own, file, tasks),
         backbone=backbone,
         model=model,
-        plan=choose_plan(own.training, model, next(iter(tasks.values()))),
-        threads=file.limits.threads or own.training.threads or available_cores(),
+        plan=choose_plan(own.training, model, next(iter(tasks.values())), threads),
+        threads=threads,
     )
 
 

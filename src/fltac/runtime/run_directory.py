@@ -27,7 +27,7 @@ LANES = "lanes.json"
 EVALUATION = "evaluation.json"
 FEDERATION = "federation.json"
 """There in the directory of a federation's run: how to start it again."""
-PLAN_KEYS = ("lanes", "tokens")
+PLAN_KEYS = ("lanes", "tokens", "workers")
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,10 @@ def test_a_supernode_killed_in_training_costs_its_own_update_and_comes_back_with
         connected(federation, *federation.clients)
         federation.start_run()
         until(lambda: len(rounds_of(federation)) == 1, "round 1")
-        worker = worker_of(federation, "client-2")
+        worker, other = worker_of(federation, "client-2"), worker_of(federation, "client-0")
         before = cpu_seconds(worker)
         until(lambda: cpu_seconds(worker) > before + 0.5, "client-2 trains in round 2")
+        os.kill(other, signal.SIGSTOP)  # So that round 2 is not over before client-2 is back.
         assert len(rounds_of(federation)) == 1
         federation.kill("client-2")
         until(lambda: not Path(f"/proc/{worker}").exists(), "its worker ends with it")
@@ -71,6 +72,7 @@ def test_a_supernode_killed_in_training_costs_its_own_update_and_comes_back_with
             return said(federation, "client-2", "SuperNode ID:")
 
         until(back, "client-2 is back")
+        os.kill(other, signal.SIGCONT)
         finish(federation)
     first, second, third = rounds_of(federation)
     ((client, reason),) = reasons(federation, 2).items()

@@ -1,5 +1,7 @@
 """What lies between Flower and the rest on both sides, without any process; needs the extra ``flower``."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,3 +156,21 @@ def test_the_server_app_wants_a_directory(tmp_path: Path) -> None:
     context = flwr.Context(1, 2, {}, flwr.RecordDict(), {"directory": ""}, series_id=0)
     with pytest.raises(InputError, match="run config: directory is ''; expected the path of a run directory"):
         app(Grid(), context)
+
+
+def test_a_serverapp_whose_parent_is_killed_ends_though_its_main_thread_waits() -> None:
+    """A parent that starts a process which watches it, then waits for a lock that nobody gives back."""
+    child = (
+        "import threading, sys\n"
+        "from fltac.runtime import flower_server\n"
+        "flower_server.GRACE_SECONDS = 0.1\n"
+        "flower_server.end_with_parent()\n"
+        "print('watches', flush=True)\n"
+        "lock = threading.Lock(); lock.acquire(); lock.acquire()\n"
+    )
+    parent = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
+    with subprocess.Popen([sys.executable, "-c", parent, child], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"watches\n"
+        process.kill()
+        assert process.stdout.read() == b"", "the pipe closes when the child has ended"

@@ -5,8 +5,11 @@ directory, the run goes on after its last finished round.
 """
 
 import logging
+import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -28,6 +31,9 @@ DIRECTORY = "directory"
 
 APP = "app"
 """The run-config key that names the app's folder as the coordinator does."""
+
+GRACE_SECONDS = 10.0
+"""For Flower to end the process in its own way."""
 
 TYPES: Mapping[Kind, str] = {
     "query": MessageType.QUERY,
@@ -82,6 +88,23 @@ def _arrival(message: Message) -> Arrival:
         return Arrival(answered, None, str(error), size_of(message))
 
 
+def end_with_parent() -> None:
+    """Ends this process some seconds after its parent, whatever it is doing then.
+
+    Flower's own watch sends a signal, which a main thread that waits for a transfer never gets to see. The process would
+    stay behind and hold the run directory, so that the run could not be continued. All finished rounds are on disk.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def server_app(config_file: Path) -> ServerApp:
     """The ServerApp of an app bundle.
 
@@ -91,6 +114,7 @@ def server_app(config_file: Path) -> ServerApp:
     app = ServerApp()
 
     def main(grid: Grid, context: Context) -> None:
+        end_with_parent()
         logging.getLogger("flwr").setLevel(logging.WARNING)
         directory = context.run_config.get(DIRECTORY)
         if not isinstance(directory, str) or not directory:

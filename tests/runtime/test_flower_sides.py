@@ -151,7 +151,8 @@ def test_the_client_app_passes_the_experiment_and_the_bytes_on(tmp_path: Path, m
     assert seen["parent"] > 1
 
 
-def test_the_server_app_wants_a_directory(tmp_path: Path) -> None:
+def test_the_server_app_wants_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_server, "end_with_parent", lambda: None)
     app = flower_server.server_app(tmp_path / "experiment.yaml")
     context = flwr.Context(1, 2, {}, flwr.RecordDict(), {"directory": ""}, series_id=0)
     with pytest.raises(InputError, match="run config: directory is ''; expected the path of a run directory"):

@@ -92,8 +92,7 @@ def end_with_parent() -> None:
     """Ends this process some seconds after its parent, whatever it is doing then.
 
     Flower's own watch sends a signal, which a main thread that waits for a transfer never gets to see. The process
-    would stay behind and hold the run directory, so that the run could not be continued. All finished rounds are on
-    disk.
+    would stay behind and hold the run directory, so that the run could not go on. All finished rounds are on disk.
     """
     parent = os.getppid()
 

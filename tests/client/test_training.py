@@ -310,3 +310,14 @@ def test_an_error_in_a_worker_is_raised(tiny_bert: Path) -> None:
     jobs[2] = TrainJob("c2", 0, bad, jobs[2].steps, 30, 0)
     with pytest.raises(KeyError):
         train(model, jobs, SETTINGS["adamw"], 0.0, LanePlan(1, 2**62, workers=2))
+
+
+def test_few_large_jobs_among_many_small_ones_share_passes(tiny_bert: Path) -> None:
+    """A skewed partition: pools are full, whatever the number of steps."""
+    model = make_model(tiny_bert, torch.float32)
+    jobs = [make_job(model, f"c{n:03}", 1, steps=1 if n < 60 else 40) for n in range(70)]
+    for workers in (1, 2):
+        found = pools(jobs, 16, LanePlan(64, 2**62, True, workers))
+        assert all(11 <= len(pool) <= 16 for pool in found)
+        assert sorted(job.client for pool in found for job in pool) == [job.client for job in jobs]
+    assert [len(pool) for pool in pools(jobs, 1, LanePlan(1, 2**62))] == [1] * 70

@@ -23,6 +23,9 @@ def test_a_pass_holds_what_is_fast_or_what_fits(tiny_bert: Path, monkeypatch: py
     assert choose_plan(auto, model, task, 1) == lane_setup.LanePlan(POOL, 1536, packed=True)  # type: ignore[arg-type]
     monkeypatch.setattr(lane_setup, "free_memory", lambda _: int(each * 200))
     assert choose_plan(auto, model, task, 1).tokens in (99, 100)  # type: ignore[arg-type]
+    tight = choose_plan(TrainingConfig(lanes=3), model, task, 2)  # type: ignore[arg-type]
+    assert tight.workers == 1, "two passes of three batches of eight rows do not fit"
+    monkeypatch.setattr(lane_setup, "free_memory", lambda _: 2**60)
     fixed = choose_plan(TrainingConfig(lanes=3), model, task, 2)  # type: ignore[arg-type]
     assert (fixed.lanes, fixed.tokens, fixed.workers) == (3, lane_setup.NO_LIMIT, 2)
 

@@ -21,6 +21,7 @@ from fltac.config import PRESETS
 from fltac.errors import InputError
 from fltac.records import Reply, Request, Update
 from fltac.runtime.checkpoint import latest_checkpoint
+from fltac.runtime.progress import Silent
 from fltac.runtime.setup import prepare
 from fltac.server.round import plan_delivery
 from fltac.wire.codec import encode_reply, encode_request
@@ -218,6 +219,22 @@ def test_kill_and_resume_gives_the_same_run(finished: Path, tmp_path: Path, afte
     process.wait()
     fltac.resume(out)
     assert scores_of(out) == scores_of(finished)
+
+
+def test_workers_and_kept_layers_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """Two workers, the frozen layers' results kept, half of the clients a round: stopped after the first round."""
+    overrides = ("training.threads=2", "lora.layers=[1]", "federation.participation=0.5", "training.precision=auto")
+    fltac.run(small(*overrides), tmp_path / "whole")
+
+    class Stop(Silent):
+        def round_finished(self, record: Any) -> None:
+            if record["round"] == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fltac.run(small(*overrides), tmp_path / "stopped", Stop())
+    fltac.resume(tmp_path / "stopped")
+    assert scores_of(tmp_path / "stopped") == scores_of(tmp_path / "whole")
 
 
 def test_interrupt_leaves_a_run_that_resumes(finished: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 
 import numpy as np
@@ -131,20 +131,22 @@ def train_each(
     with warnings.catch_warnings():
         # The gradients' strides are those of the matrix that the optimizer works on.
         warnings.filterwarnings("ignore", message="grad and param do not obey")
-        if plan.workers == 1 or len(todo) == 1:
+        workers = min(plan.workers, len(todo))
+        if workers <= 1:
             for pool in todo:
                 yield from train_pool(model, pool, config, dropout, plan, on_pass)
-        else:
-            with Crew(model, plan.workers) as crew:
-                for done in crew.map(lambda own, pool: train_pool(own, pool, config, dropout, plan, on_pass), todo):
-                    yield from done
+            return
+        with Crew(model, workers, plan.workers // workers) as crew:
+            watched = crew.watched(on_pass)
+            for done in crew.map(lambda own, pool: train_pool(own, pool, config, dropout, plan, watched), todo):
+                yield from done
 
 
 def pools(jobs: Sequence[TrainJob], size: int, plan: LanePlan) -> list[list[TrainJob]]:
     """Groups jobs that are in memory together, at most ``size``: near in steps; a fixed function of the jobs.
 
-    Where rows are padded, also of equal batch sizes and near in length. With several workers, a multiple of their
-    number, about equal in tokens.
+    Where rows are padded, also of equal batch sizes and near in length. With several workers there are at least as
+    many, as far as there are jobs, the largest first.
     """
 
     def order(job: TrainJob) -> tuple[int | float | str, ...]:
@@ -152,18 +154,22 @@ def pools(jobs: Sequence[TrainJob], size: int, plan: LanePlan) -> list[list[Trai
             return (len(job.steps), job.client, job.slot)
         return (job.rows, len(job.steps), float(job.padded_sizes.mean()), job.client, job.slot)
 
-    ordered = sorted(jobs, key=order)
-    tokens = np.array([(job.packed_sizes if plan.packed else job.padded_sizes).sum() for job in ordered])
-    apart = np.array([0 if plan.packed else job.rows for job in ordered])
-    count = plan.workers
-    while True:
-        # Which of ``count`` equal parts of all tokens the middle of a job falls into.
-        share = (np.cumsum(tokens) - tokens / 2) / max(1, tokens.sum())
-        cuts = list(zip((share * count).astype(int).tolist(), apart.tolist(), strict=True))
-        out = [[job for job, _ in own] for _, own in groupby(zip(ordered, cuts, strict=True), key=itemgetter(1))]
-        if all(len(pool) <= size for pool in out):
-            return out
-        count += plan.workers
+    def tokens(pool: Sequence[TrainJob]) -> int:
+        return sum(int((job.packed_sizes if plan.packed else job.padded_sizes).sum()) for job in pool)
+
+    out: list[list[TrainJob]] = []
+    for _, same in groupby(sorted(jobs, key=order), key=lambda job: 0 if plan.packed else job.rows):
+        own = list(same)
+        if len(own) <= size:
+            # Few enough for any cut: into equal parts of all tokens, by where the middle of each job falls.
+            each = np.array([tokens([job]) for job in own])
+            part = ((np.cumsum(each) - each / 2) / max(1, each.sum()) * plan.workers).astype(int).tolist()
+            out += [[job for job, _ in pool] for _, pool in groupby(zip(own, part, strict=True), key=itemgetter(1))]
+        else:
+            count = min(len(own), -(-len(own) // (size * plan.workers)) * plan.workers)
+            edges = [number * len(own) // count for number in range(count + 1)]
+            out += [own[start:stop] for start, stop in pairwise(edges)]
+    return out if plan.workers == 1 else sorted(out, key=tokens, reverse=True)
 
 
 def train_pool(

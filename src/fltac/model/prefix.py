@@ -98,9 +98,13 @@ class Prefix:
 
     def _states(self, batch: Mapping[str, Tensor] | PackedBatch, keys: Sequence[RowKey]) -> Tensor:
         rows = _rows_of(batch)
+        threads = torch.get_num_threads()
         for key, row in zip(keys, rows, strict=True):
             if key not in self.kept:
+                torch.set_num_threads(1)  # the same bits, whoever needs the row first
                 self.kept[key] = self._run(row)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         known = [self.kept[key] for key in keys]
         if isinstance(batch, PackedBatch):
             return torch.cat(known).unsqueeze(0)
@@ -130,7 +134,8 @@ class Prefix:
             layers[self.first - 1].register_forward_hook(look),
         ]
         try:
-            self.model(**row)
+            dtype = next(self.model.parameters()).dtype
+            self.model(**{name: value.to(dtype) if value.is_floating_point() else value for name, value in row.items()})
         except _Reached:
             pass
         finally:

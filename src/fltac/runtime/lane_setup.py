@@ -25,6 +25,10 @@ SHARE_OF_MEMORY = 0.5
 
 NO_LIMIT = 2**62
 
+# Read when torch multiplies for the first time. Passes of packed rows have ever new shapes, and each shape's compiled
+# product stays in memory; the default, 1024, grew to more than a gigabyte.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -131,18 +135,22 @@ def choose_plan(config: TrainingConfig, model: LaneModel, task: EncodedTask, thr
     """
     if config.trainable == "all":
         return LanePlan(1, NO_LIMIT, model.packs)
-    device = model.backbone.device
-    workers = threads if device.type == "cpu" else 1
-    if config.lanes != "auto":
-        return LanePlan(config.lanes, NO_LIMIT, model.packs, workers)
-    fits = SHARE_OF_MEMORY * free_memory(device) / bytes_per_token(model, task) / workers
-    tokens = int(min(TOKENS_PER_PASS[device.type], fits)) // _tokens_per_length(model.backbone)
-    return LanePlan(POOL, max(1, tokens), model.packs, workers)
+    device, width = model.backbone.device, _tokens_per_length(model.backbone)
+    fits = SHARE_OF_MEMORY * free_memory(device) / bytes_per_token(model, task)
+    batch = config.batch_size * int(task.train.lengths.max()) * width
+    if config.lanes == "auto":
+        tokens = max(1, int(min(TOKENS_PER_PASS[device.type], fits)))
+        needed = max(tokens, batch)
+    else:
+        tokens, needed = NO_LIMIT, config.lanes * batch
+    workers = max(1, min(threads, int(fits / needed))) if device.type == "cpu" else 1
+    lanes = POOL if config.lanes == "auto" else config.lanes
+    return LanePlan(lanes, max(1, tokens // width), model.packs, workers)
 
 
 def bytes_per_token(model: LaneModel, task: EncodedTask) -> float:
-    """Bytes that a training pass keeps for its way back, for each token, measured on a few rows of a task."""
-    few = some_rows(task.train)
+    """Bytes that a training pass keeps for its way back, for each token, measured on a task's longest row."""
+    few = some_rows(task.train)[-1:]  # the longest: attention keeps more for each token of a long row
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,9 +174,12 @@ def free_memory(device: torch.device) -> int:
     info = Path("/proc/meminfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 2**33)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text(encoding="utf-8").strip() if limit.is_file() else ""
-    return min(free, int(allowed)) if allowed.isdecimal() else free
+    group = Path("/sys/fs/cgroup")
+    allowed, used = (
+        file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        for file in (group / "memory.max", group / "memory.current")
+    )
+    return min(free, max(0, int(allowed) - int(used))) if allowed.isdecimal() and used.isdecimal() else free
 
 
 def _tokens_per_length(backbone: Backbone) -> int:

@@ -14,7 +14,7 @@ from fltac.data.encoded import EncodedTask, load_tasks
 from fltac.errors import InputError
 from fltac.model.backbone import Backbone
 from fltac.model.lanes import LaneModel
-from fltac.runtime.lane_setup import available_cores, choose_plan
+from fltac.runtime.lane_setup import admit_to_prefix, available_cores, choose_plan
 from fltac.runtime.setup import backbone_folder, build_model
 
 
@@ -73,6 +73,8 @@ def load_owner(config: Config, client_file: Path) -> Owner:
     own = file.applied(config)
     tasks = load_tasks(own, backbone_folder(own))
     backbone, _, model = build_model(own, tasks)
+    splits = [(split, len(split)) for task in tasks.values() for split in (task.train, task.validation)]
+    admit_to_prefix(model, splits, own.training.prefix_cache * 2**20)
     threads = file.limits.threads or own.training.threads or available_cores()
     return Owner(
         config=own,

@@ -91,13 +91,20 @@ def received_by(state: ServerState) -> dict[SlotKey, Adapter]:
 
 def width_of(state: ServerState) -> int:
     """Numbers kept of each adapted matrix: as many as are held of it already, whoever has joined since."""
-    held = next((len(tensors[BODY]) for tensors in state.memory.values()), None)
-    if held is None:
-        return width_for(len(state.clients))
     initial = state.initial
     sizes = [len(initial[name + LORA_B]) * initial[name + LORA_A].shape[1] for name in lora_modules(initial)]
+    held = {name: len(values) for tensors in state.memory.values() for name, values in tensors.items()}
+
+    def made(width: int) -> bool:
+        heads = {
+            name: sum(initial[name + part].size for part in (".weight", ".bias")) for name in held if is_head(name)
+        }
+        return sum(min(size, width) for size in sizes) == held[BODY] and all(
+            min(size, width * HEAD_WIDTH) == held[name] for name, size in heads.items()
+        )
+
     widths = (WIDEST >> down for down in range(WIDEST.bit_length()))
-    return next(width for width in widths if sum(min(size, width) for size in sizes) == held)
+    return next(width for width in widths if made(width)) if held else width_for(len(state.clients))
 
 
 def remember(

@@ -339,7 +339,7 @@ def test_a_slot_that_is_added_or_given_up_is_noticed_by_the_reply() -> None:
     game = Game(post, "federation.rounds=4")
     state = game.play(change)
     assert [record["updates"] for record in game.records] == [3, 3, 4, 3]
-    assert game.reasons(2) == {"b": "tensor head.3.bias is not part of the adapter"}
+    assert game.records[1]["network"]["undeclared"] == ["client b: slot 1 is not used: its node has not said it has it"]
     assert node.asked == ["query", "train", "train", "query", "train", "train", "evaluate"]
     assert "head.3.weight" in state.initial
 
@@ -350,7 +350,39 @@ def test_a_node_that_never_says_who_it_is_delays_but_does_not_stop() -> None:
     game = Game(post)
     game.play()
     assert [record["clients"] for record in game.records] == [2, 2]
-    assert post.now >= HELLO_SECONDS
+    assert HELLO_SECONDS <= post.now < 2 * HELLO_SECONDS, "it is waited for once, not in every round"
+
+
+@pytest.mark.parametrize(
+    ("heads", "reason"),
+    [
+        ({0: {"1000000": (1000000, 3)}}, "the head 1000000 of its slot 0 has 1000000 outputs; allowed are 10000"),
+        ({slot: {"2": (2, 3)} for slot in range(257)}, "it has 257 slots; allowed are 256"),
+        ({0: {str(n): (n, 3) for n in range(2, 67)}}, "with its heads there would be 65 kinds; allowed are 64"),
+    ],
+)
+def test_nobody_may_bloat_what_all_are_sent(heads: dict[int, dict[str, tuple[int, int]]], reason: str) -> None:
+    roll = Roll(REFERENCE)
+    hello = replace(trio().nodes_by_address["a@1"].hello, heads=heads, examples=dict.fromkeys(heads, 5))
+    assert roll.enter("a@1", hello) == f"client a: {reason}"
+
+
+def test_nobody_counts_for_more_examples_or_slots_than_it_said() -> None:
+    post = trio()
+
+    def greedy(kind: Kind, payload: bytes) -> bytes:
+        if kind != "train":
+            return payload
+        update = Update("c", 0, adapter(9, 9), 2**52)
+        return encode_answer(Reply("c", (update, replace(update, slot=7))))
+
+    post.nodes_by_address["c@1"].spoil = greedy
+    game = Game(post, "federation.rounds=1")
+    state = game.play()
+    assert game.records[0]["updates"] == 3
+    assert game.network(1)["undeclared"] == ["client c: slot 7 is not used: its node has not said it has it"]
+    others = post.nodes_by_address["a@1"].value
+    assert state.clusters[0].adapter["m.lora_A"][0, 0] == pytest.approx((others + others + 9) / 3)
 
 
 def test_the_roll_takes_what_a_node_says_now() -> None:

@@ -112,6 +112,21 @@ def test_arrivals_are_payloads_or_errors_in_one_line() -> None:
     assert flower_server.GridPost(grid).collect([]) == []
 
 
+def test_an_answer_that_cannot_be_read_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid()
+
+    def pull(ids: list[str]) -> list[Any]:
+        if ids == ["bad"]:
+            raise IndexError("no children")
+        return []
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    arrivals = flower_server.GridPost(grid).collect(["bad", "good"])  # type: ignore[arg-type]
+    assert [(item.id, item.payload, item.error) for item in arrivals] == [
+        ("bad", None, "its answer cannot be read (IndexError)")
+    ]
+
+
 def asked(tmp_path: Path, question: Any, node: dict[str, Any], run: dict[str, Any] | None = None) -> Reply:
     """What the ClientApp answers."""
     config = tmp_path / "experiment.yaml"

@@ -128,7 +128,7 @@ def test_summary_and_lanes(tmp_path: Path) -> None:
     run.write_summary({**summary, "mean_score": 0.1 + 0.2})
     run.write_lanes({"lanes": 3, "tokens": 99})
     assert run.summary() == {**summary, "mean_score": 0.1 + 0.2}
-    assert run.lanes() == {"lanes": 3, "tokens": 99}
+    assert run.lanes() == {"lanes": 3, "tokens": 99, "workers": 1}
     for damaged in ({}, {"lanes": 0, "tokens": 1}, {"lanes": "many", "tokens": 1}, {"lanes": True, "tokens": 1}):
         run.write_lanes(damaged)
         with pytest.raises(InputError, match=r"lanes.json: got .* expected whole numbers from 1"):
@@ -212,6 +212,14 @@ def test_command_line_without_folders() -> None:
     ]
     assert provenance.command_line(given) == [
         *["fltac", "run", "a/b.yaml", "--out=y", "--out", "z", "data_root=${D}/glue", "../c"]
+    ]
+
+
+def test_credentials_are_kept_out_of_the_command_line() -> None:
+    given = ["flwr-serverapp", "--token", "0a" * 128, "--api-key=s3", "access_token=t", "--run-id", "7", "--insecure"]
+    assert provenance.command_line(given) == [
+        *["flwr-serverapp", "--token", "(hidden)", "--api-key=(hidden)", "access_token=(hidden)"],
+        *["--run-id", "7", "--insecure"],
     ]
 
 

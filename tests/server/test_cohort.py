@@ -186,3 +186,13 @@ def test_late_replies_are_checked_like_others(bad: float) -> None:
 def test_the_server_may_have_a_seed_of_its_own() -> None:
     assert server("federation.seed=3").seed == 3
     assert server("federation.seed=3", "server.seed=0").seed == 0
+
+
+def test_late_replies_to_a_round_below_its_quorum_are_recorded() -> None:
+    settings = server("method=fedit", "federation.stale=use", "federation.quorum=2")
+    before = after_a_round("method=fedit")
+    after, report = finish_round(
+        before, plan_round(before, settings), [reply("a", adapter(4, 4))], settings, None, [late(before, "c", 1)]
+    )
+    assert after.clusters == before.clusters
+    assert any(item.client == "c" and "came late" in item.reason for item in report.rejections)

@@ -112,7 +112,7 @@ def parse_yaml(text: str, name: str) -> Tree:
     """
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
         raise InputError(f"{name}: not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")

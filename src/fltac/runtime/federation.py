@@ -6,6 +6,7 @@ had said. A client that has not answered by a round's deadline is left out until
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from fltac.config import Config
 from fltac.records import LateReply, Presence, Reply, Request
@@ -22,6 +23,7 @@ from fltac.wire.node_protocol import (
     encode_hello_question,
     encode_score_question,
     encode_train_question,
+    one_line,
 )
 
 POLL_SECONDS = 0.5
@@ -68,6 +70,7 @@ class Federation:
         self._ask_again: set[str] = set()
         self._late: list[LateReply] = []
         self._answered_twice = 0
+        self._undeclared: list[str] = []
         self._unscored: dict[str, str] = {}
         self._payload, self._wire = {"up": 0, "down": 0}, {"up": 0, "down": 0}
 
@@ -81,9 +84,14 @@ class Federation:
             self._receive()
             nodes = self._nodes()
             self._say_hello(nodes, set(nodes) - {*self.roll.hellos, *self.roll.refused})
-            new = {letter.node for letter in self._letters.values() if letter.kind == "query"} - refused
+            now = self._clock()
+            new = {
+                letter.node
+                for letter in self._letters.values()
+                if letter.kind == "query" and now - letter.sent < HELLO_SECONDS
+            }
             there = self.roll.presences(without=self._busy())
-            if len(there) >= quorum and not (new and self._clock() - begin < HELLO_SECONDS):
+            if len(there) >= quorum and not new - refused:
                 self._present = there
                 return there
             if self._clock() - reminded >= REMINDER_SECONDS:
@@ -101,7 +109,7 @@ class Federation:
         for letter, answer in self._answers(letters, begin):
             reply = reply_to(letter, answer)
             self._note_change(letter, reply)
-            replies.append(reply)
+            replies.append(self._held_to_hello(letter, reply))
         late, self._late = tuple(self._late), []
         up = self._payload["up"] - before["up"]
         return Exchange(tuple(replies), up, down, self._clock() - begin, None, late)
@@ -127,7 +135,11 @@ class Federation:
         self._unscored |= {reply.client: reply.error or "" for reply in failed}
         for letter, answer in self._answers(letters, begin):
             if isinstance(answer, Scores) and answer.client == letter.client:
-                self.scores[letter.client] = answer
+                hello = self.roll.hellos.get(letter.node)
+                if hello is None or set(answer.slots) <= set(hello.slots):
+                    self.scores[letter.client] = answer
+                else:
+                    self._unscored[letter.client] = "scores slots that its node has not said it has"
             else:
                 self._unscored[letter.client] = (
                     reply_to(letter, answer).error or "answers with adapters, not with scores"
@@ -145,11 +157,12 @@ class Federation:
         named = {
             "refused": sorted(self.roll.refused.values()),
             "unscored": [f"client {client}: {reason}" for client, reason in sorted(self._unscored.items())],
+            "undeclared": list(self._undeclared),
             "answered_twice": self._answered_twice,
         }
         record |= {name: value for name, value in named.items() if value}
         self._payload, self._wire = {"up": 0, "down": 0}, {"up": 0, "down": 0}
-        self._unscored, self._answered_twice = {}, 0
+        self._unscored, self._answered_twice, self._undeclared = {}, 0, []
         return {"network": record}
 
     def _nodes(self) -> Mapping[str, str]:
@@ -170,7 +183,7 @@ class Federation:
         for node in sorted(which & set(nodes) - owing):
             self._ask_again.discard(node)
             try:
-                self._send(Letter(node, "query", nodes[node]), encode_hello_question(), 0)
+                self._send(Letter(node, "query", nodes[node], sent=self._clock()), encode_hello_question(), 0)
             except PostError as error:
                 self._refuse(node, f"{nodes[node]}: {error}")
 
@@ -237,6 +250,7 @@ class Federation:
                 self._say(f"client {letter.client}: its reply to round {letter.request.round_number} came late")
                 reply = reply_to(letter, answer)
                 self._note_change(letter, reply)
+                reply = self._held_to_hello(letter, reply)
                 self._late.append(LateReply(letter.request, reply))
         return found
 
@@ -247,7 +261,7 @@ class Federation:
         try:
             return decode_answer(arrival.payload, self._limit)
         except WireError as error:
-            return str(error)
+            return one_line(str(error))
 
     def _enter(self, letter: Letter, answer: Answer | str) -> None:
         known, before = self.roll.hellos.get(letter.node), self.roll.refused.get(letter.node)
@@ -265,6 +279,25 @@ class Federation:
         self.roll.refuse(node, reason)
         if reason != before:
             self._say(f"refused: {reason}")
+
+    def _held_to_hello(self, letter: Letter, reply: Reply) -> Reply:
+        """The reply without slots that its node has not said it has, and with no more examples than it said it holds.
+
+        A mean is weighted by examples, so a client could otherwise outweigh all others.
+        """
+        hello = self.roll.hellos.get(letter.node)
+        if hello is None or reply.error is not None:
+            return reply
+        updates = []
+        for update in reply.updates:
+            if update.slot in hello.heads:
+                most = max(1, hello.examples[update.slot])
+                updates.append(replace(update, examples=min(update.examples, most)))
+            else:
+                line = f"client {reply.client}: slot {update.slot} is not used: its node has not said it has it"
+                self._undeclared.append(line)
+                self._say(line)
+        return replace(reply, updates=tuple(updates))
 
     def _note_change(self, letter: Letter, reply: Reply) -> None:
         """A client whose reply is not what its hello said is asked again who it is."""

@@ -74,7 +74,18 @@ class GridPost:
 
     def collect(self, ids: Collection[str]) -> list[Arrival]:
         """Pulls the replies that have arrived."""
-        return [_arrival(message) for message in self._grid.pull_messages(list(ids))] if ids else []
+        found = []
+        for item in ids:
+            # One by one: what cannot be read is confirmed as received, and must not cost the answers of others.
+            try:
+                messages = list(self._grid.pull_messages([item]))
+            except httpx.TransportError:
+                break  # The SuperLink is not there now; what has not been pulled can be pulled later.
+            except Exception as error:
+                found.append(Arrival(item, None, f"its answer cannot be read ({type(error).__name__})", 0))
+                continue
+            found += [_arrival(message) for message in messages]
+        return found
 
 
 def _arrival(message: Message) -> Arrival:

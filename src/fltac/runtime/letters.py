@@ -16,12 +16,14 @@ class Letter:
         kind: What was asked.
         client: The client's id; the node's name in the question who it is.
         request: What was sent, if it was one.
+        sent: When, in the clock's seconds.
     """
 
     node: str
     kind: Kind
     client: str
     request: Request | None = None
+    sent: float = 0.0
 
 
 def reply_to(letter: Letter, answer: Answer | str) -> Reply:

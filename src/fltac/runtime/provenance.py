@@ -23,6 +23,11 @@ PACKAGES = (
 )
 
 
+SECRET = re.compile(r"token|secret|password|credential|api-?key", re.IGNORECASE)
+"""In the name of an option whose value is kept out of every file; Flower hands a ServerApp a token so."""
+HIDDEN = "(hidden)"
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a result depends on; None where one is not installed."""
     return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
@@ -75,8 +80,17 @@ def hardware(gpu: str | None = None) -> dict[str, str | int | None]:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> list[str]:
-    """The command as given, except that an absolute path (also after ``=``) is cut to its last part."""
-    return [_without_folder(argument) for argument in (sys.argv if arguments is None else arguments)]
+    """The command as given, but for credentials, and with absolute paths (also after ``=``) cut to their last part."""
+    out: list[str] = []
+    for argument in sys.argv if arguments is None else arguments:
+        key, sign, _ = argument.partition("=")
+        if out and SECRET.search(out[-1]) and out[-1].startswith("-") and "=" not in out[-1]:
+            out.append(HIDDEN)
+        elif sign and SECRET.search(key):
+            out.append(key + sign + HIDDEN)
+        else:
+            out.append(_without_folder(argument))
+    return out
 
 
 def _without_folder(argument: str) -> str:

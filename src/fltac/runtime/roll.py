@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from fltac.records import Presence
 from fltac.wire.node_protocol import NodeHello
 
+MOST_SLOTS, MOST_OUTPUTS = 256, 10_000
+"""Of one client. v0 holds a head of every kind that any client brings, and is sent to all: nobody may bloat it."""
+MOST_HEADS = 64
+"""Kinds of heads of all members together."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -27,6 +32,8 @@ class Reference:
         """Says in one line why a node cannot take part; None if it can."""
         if not hello.heads:
             return "it has no slots"
+        if len(hello.heads) > MOST_SLOTS:
+            return f"it has {len(hello.heads)} slots; allowed are {MOST_SLOTS}"
         if hello.backbone != self.backbone:
             return (
                 f"its backbone's weights are others (fingerprint {hello.backbone[:12]}, "
@@ -45,7 +52,9 @@ class Reference:
             if ours is None or theirs is None or tuple(ours) != tuple(theirs):
                 return f"its adapter differs: {name} is {_shape(theirs)}, the coordinator's {_shape(ours)}"
         for slot, heads in sorted(hello.heads.items()):
-            for key, (_, hidden) in sorted(heads.items()):
+            for key, (outputs, hidden) in sorted(heads.items()):
+                if outputs > MOST_OUTPUTS:
+                    return f"the head {key} of its slot {slot} has {outputs} outputs; allowed are {MOST_OUTPUTS}"
                 if hidden != self.hidden:
                     return f"the head {key} of its slot {slot} reads {hidden} values, the backbone gives {self.hidden}"
         return None
@@ -76,6 +85,9 @@ class Roll:
         fault = self.reference.fault(hello)
         if fault is None and hello.client in self.clients():
             fault = "another node that is connected has this client id"
+        kinds = {key for item in (*self.hellos.values(), hello) for heads in item.heads.values() for key in heads}
+        if fault is None and len(kinds) > MOST_HEADS:
+            fault = f"with its heads there would be {len(kinds)} kinds; allowed are {MOST_HEADS}"
         if fault is None:
             self.hellos[node] = hello
         else:

@@ -111,6 +111,8 @@ class RunDirectory:
     def lanes(self) -> dict[str, int] | None:
         """The stored lane plan; None where there is none yet. Raises InputError where it is damaged."""
         plan = _read_json(self.path / LANES)
+        if plan is not None:
+            plan = {"workers": 1, **plan}  # a run from before there were several
         if plan is not None and not all(type(plan.get(key)) is int and plan[key] >= 1 for key in PLAN_KEYS):
             keys = " and ".join(PLAN_KEYS)
             raise InputError(f"{self.path / LANES}: got {plan}; expected whole numbers from 1 for {keys}")

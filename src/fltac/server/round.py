@@ -152,6 +152,7 @@ def finish_round(
     if len(replied) < settings.quorum:
         few = f"{len(replied)} clients replied, fewer than the quorum of {settings.quorum}; the round changes nothing"
         rejections += [Rejection(client, None, few) for client in replied]
+        rejections += [Rejection(item.request.client, None, f"came late, and {few}") for item in late]
         updates = []
     else:
         for item in late:

@@ -42,8 +42,8 @@ test-all: $(FLOWER) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m process
 
 # Minutes to hours, on a quiet machine; needs FLTAC_DATA. One alone: python benchmarks/bench/<name>.py
-bench: $(STAMP)
-	for name in start server step round clients accuracy; do $(BIN)/python benchmarks/bench/$$name.py || exit 1; done
+bench: $(FLOWER)
+	for name in start server step round clients accuracy flower; do $(BIN)/python benchmarks/bench/$$name.py || exit 1; done
 
 bench-report: $(STAMP)
 	$(BIN)/python benchmarks/bench/report.py

@@ -120,3 +120,11 @@ def test_a_name_that_cannot_be_loaded() -> None:
 def test_a_device_that_is_not_there(tiny_bert: Path) -> None:
     with pytest.raises(InputError, match=r"backbone\.device: cuda is not available here; found cpu"):
         load_backbone(BackboneConfig(name=str(tiny_bert), device="cuda"), "text")
+
+
+def test_a_pickled_checkpoint_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(tiny_bert)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"cannot be loaded .*safetensors"):
+        load_backbone(BackboneConfig(name=str(tmp_path), device="cpu"), "text")

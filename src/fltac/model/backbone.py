@@ -137,7 +137,9 @@ def _load(
         options = {**options, "add_pooling_layer": pooling == "pooler"}
     try:
         with quiet_transformers():
-            model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+            model, info = model_class.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )  # never a pickle, whoever names the backbone
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(_unloadable(name, error)) from error
     return model, sorted(info["missing_keys"])

@@ -27,8 +27,8 @@ class LanePlan:
         lanes: The most adapters in a pass.
         tokens: The most tokens in a pass, padding included; a single adapter's batch may be larger.
         packed: Rows are packed one after the other instead of padded.
-        workers: Passes that run side by side, each on one thread of the processor: a pass is many small operations,
-            which two threads of their own share badly.
+        workers: The most passes that run side by side; with fewer jobs they have more threads each. A pass is many
+            small operations, which threads share badly.
     """
 
     lanes: int

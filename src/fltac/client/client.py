@@ -76,6 +76,15 @@ def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config
     return jobs
 
 
+def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64] | None:
+    """The shares of the classes among a slot's rows, one row more of each, so that none is 0; None if not needed."""
+    labels = local.task.train.labels[local.rows]
+    if config.loss == "plain" or np.issubdtype(labels.dtype, np.floating):
+        return None
+    counts = np.bincount(labels.astype(np.int64), minlength=local.task.outputs) + 1.0
+    return np.asarray(counts / counts.sum())
+
+
 def reply_of(client: Client, trained: Sequence[Trained]) -> Reply:
     """The upload of all of a client's slots."""
     updates = tuple(Update(client.id, result.job.slot, result.adapter, result.job.examples) for result in trained)
@@ -91,7 +100,8 @@ def _steps(client: str, slot: int, tasks: Sequence[LocalTask], number: int, conf
         batches = make_batches(
             local.rows, local.task.train.lengths, local.steps, training.batch_size, training.batching, key
         )
-        steps += [Step(local.task, local.head_key, rows) for rows in batches]
+        shares = label_shares(local, training)
+        steps += [Step(local.task, local.head_key, rows, shares) for rows in batches]
     if len(tasks) > 1:
         order = generator(seed, "interleave", number, client, slot).permutation(len(steps))
         steps = [steps[position] for position in order]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,11 +29,15 @@ from fltac.records import Adapter
 
 @dataclass(frozen=True)
 class Step:
-    """One batch of one adapter's training: rows of a task's training split, through one of its heads."""
+    """One batch of one adapter's training: rows of a task's training split, through one of its heads.
+
+    ``shares`` are those of the classes among all the slot's rows, ``[outputs]``, where the loss asks for them.
+    """
 
     task: EncodedTask
     head_key: str
     rows: NDArray[np.int64]
+    shares: NDArray[np.float64] | None = None
 
     @property
     def length(self) -> int:
@@ -80,6 +85,8 @@ class Trained:
     adapter: Adapter
     loss: float
 
+
+Loss = Literal["plain", "logit-adjusted", "balanced"]
 
 OnPass = Callable[[int, Tensor], None]
 """Told after a pass how many adapters were in it, and their losses; reading those waits for a GPU."""
@@ -190,7 +197,7 @@ def train_pool(
     for numbers in passes:
         model.activate(numbers)
         model.lanes.generators = [generators[number] for number in numbers]
-        losses = lane_losses(model, [pool[number].steps[optimizer.done[number]] for number in numbers])
+        losses = lane_losses(model, [pool[number].steps[optimizer.done[number]] for number in numbers], config.loss)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         active = len(numbers)
         optimizer.step(numbers, model.values[:active], model.gradients[:active])
@@ -201,7 +208,7 @@ def train_pool(
     return [Trained(job, model.read(number), totals[number] / len(job.steps)) for number, job in enumerate(pool)]
 
 
-def lane_losses(model: LaneModel, steps: Sequence[Step]) -> Tensor:
+def lane_losses(model: LaneModel, steps: Sequence[Step], loss: Loss = "plain") -> Tensor:
     """Each lane's mean loss on its batch: ``[lanes]``."""
     lengths = [step.length for step in steps]
     longest = None if model.packs else max(lengths)
@@ -213,7 +220,7 @@ def lane_losses(model: LaneModel, steps: Sequence[Step]) -> Tensor:
     for lane, step in enumerate(steps):
         logits = model.logits(features[lane], lane, step.head_key)
         labels = torch.from_numpy(np.asarray(step.task.train.labels[step.rows])).to(logits.device)
-        losses.append(loss_of(logits, labels))
+        losses.append(loss_of(logits, labels, loss, step.shares))
     return torch.stack(losses)
 
 
@@ -222,8 +229,21 @@ def row_keys(split: Split, rows: NDArray[np.int64]) -> list[RowKey]:
     return [(split.fingerprint, row) for row in rows.tolist()]
 
 
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of ``[b, classes]`` with int64 labels ``[b]``; mean squared error of ``[b, 1]`` with floats."""
+def loss_of(logits: Tensor, labels: Tensor, loss: Loss = "plain", shares: NDArray[np.float64] | None = None) -> Tensor:
+    """The mean loss of a batch.
+
+    Args:
+        logits: ``[b, classes]``; ``[b, 1]`` with a regression.
+        labels: int64 ``[b]`` class numbers; floats make it a mean squared error.
+        loss: ``logit-adjusted``: cross entropy of ``logits + log(shares)`` (arXiv 2007.07314, eq. 10, tau = 1).
+            ``balanced``: each row times 1 / (classes * share of its class), which is 1 on average over the slot's rows.
+        shares: Of the classes among the slot's rows, ``[classes]``; not needed for ``plain``.
+    """
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
+    if shares is None:
+        return F.cross_entropy(logits, labels)
+    own = torch.from_numpy(shares).to(logits)
+    if loss == "logit-adjusted":
+        return F.cross_entropy(logits + own.log(), labels)
+    return (F.cross_entropy(logits, labels, reduction="none") / (len(own) * own[labels])).mean()

@@ -71,6 +71,10 @@ class PartitionConfig(Section):
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """A client whose share of a task is below this gets none of it."""
     max_tasks_per_client: Positive | None = None
+    client_skew: Literal["none", "labels", "length"] = "none"
+    """What a client's rows have in common over all its tasks. ``labels``: it keeps each class with a probability of
+    its own, by class number; ``length``: it keeps one quarter of each task's rows, by their length. Other rows are in
+    nobody's hands."""
     table: dict[str, dict[str, float]] | None = None
     """``{client: {task: share of that task's rows}}``; the shares of a task sum to at most 1."""
 
@@ -142,6 +146,10 @@ class TrainingConfig(Section):
     """Of SGD."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of one adapter's gradient."""
+    loss: Literal["plain", "logit-adjusted", "balanced"] = "plain"
+    """Cross entropy. ``logit-adjusted``: the logarithm of the slot's own label shares is added to the logits
+    (arXiv 2007.07314), so that the adapter need not learn them; ``balanced``: each row weighs inversely to its class's
+    share. A regression's loss is always the squared error."""
     prox: Annotated[float, Field(ge=0)] = 0.0
     """mu of the FedProx term mu/2 |w - w_received|^2 (arXiv 1812.06127)."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from fltac.config import Config, FederationConfig, PartitionConfig
+from fltac.data.client_skew import keep_own
 from fltac.errors import InputError
 from fltac.seeding import generator
 
@@ -88,19 +89,24 @@ class _Draft:
         return replace(self, shares=shares / shares.sum(axis=1, keepdims=True) * given_out)
 
 
-def make_partition(config: Config, labels: Mapping[str, NDArray[Any]]) -> Partition:
+def make_partition(
+    config: Config, labels: Mapping[str, NDArray[Any]], lengths: Mapping[str, NDArray[np.int64]] | None = None
+) -> Partition:
     """Splits every task's training rows as ``federation.partition`` says.
 
-    All rows of a task are given out exactly once; with ``table``, as many as its shares sum to. A share that
+    All rows of a task are given out exactly once; with ``table``, as many as its shares sum to, and with
+    ``client_skew`` those that the clients keep of what they were given. A share that
     rounds to no row gives nothing. ``threshold`` concerns the two Dirichlet rules; ``iid`` and ``table`` have the
     shares that they state. The table decides who the clients are: ``federation.clients`` is ignored with it.
 
     Args:
         config: The run's configuration.
         labels: Task to the labels of all its training rows: ``[n]`` int64 class numbers, or float32.
+        lengths: Task to their tokens, for ``client_skew: length``.
 
     Raises:
-        InputError: the table is wrong, no client reaches the threshold, or the cap leaves a task to nobody.
+        InputError: the table is wrong, no client reaches the threshold, the cap leaves a task to nobody, or the
+            clients' skew cannot be had from these rows.
     """
     setting, seed = config.federation.partition, config.federation.seed
     clients = client_ids(config.federation)
@@ -116,6 +122,7 @@ def make_partition(config: Config, labels: Mapping[str, NDArray[Any]]) -> Partit
         for task, part in parts.items()
         if len(part[number])
     }
+    rows = keep_own(rows, setting.client_skew, seed, labels, lengths)
     slots = {client: _slots(seed, client, [task for task in parts if (client, task) in rows]) for client in clients}
     return Partition(clients, tuple(labels), rows, slots)
 

@@ -84,7 +84,8 @@ def load_partition(config: Config) -> tuple[dict[str, EncodedTask], Partition]:
         raise InputError("tasks: there are none; only the coordinator of a federation can do without")
     tasks = load_tasks(config, backbone_folder(config))
     labels = {name: np.asarray(task.train.labels) for name, task in tasks.items()}
-    return tasks, make_partition(config, labels)
+    lengths = {name: task.train.lengths for name, task in tasks.items()}
+    return tasks, make_partition(config, labels, lengths)
 
 
 def prepare(config: Config) -> Experiment:

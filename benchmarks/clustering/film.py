@@ -76,9 +76,8 @@ def play(config: Config, name: str, rows: int, out: Path) -> None:
         state = as_sent(state, config)
         found = clustering_record(state, report, experiment.holdings)
         assignment = state.assignment()
-        rounds.append(
-            {"round": number, "clustering": found, "loss": exchange.loss, "labels": _labels(assignment, keys)}
-        )
+        labels = [assignment.get(key, -1) for key in keys]
+        rounds.append({"round": number, "clustering": found, "loss": exchange.loss, "labels": labels})
         print(name, rounds[-1]["clustering"], file=sys.stderr, flush=True)
     scored = score_state(experiment.model, state, experiment.holdings, experiment.tasks, config, rows)
     names = list(experiment.tasks)

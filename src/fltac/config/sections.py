@@ -185,8 +185,10 @@ class ClusteringConfig(Section):
     """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the top-K
     eigenvectors of a similarity kernel; ``single``: one group; ``none``: every slot alone; ``given``: opaque
     group numbers from outside (the oracle); ``random``: a random group."""
-    k: Positive | None = None
-    """Number of clusters; default: the number of tasks."""
+    k: Positive | Literal["auto"] | None = None
+    """Number of clusters; default: the number of tasks. ``auto`` (``spectral``): as many as the uploads support, by
+    how well the means of groups found in some of the adapted matrices predict their members in the others; with
+    ``cannot_link`` at least as many as one client has slots."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
@@ -195,6 +197,9 @@ class ClusteringConfig(Section):
     """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added."""
     starts: Positive = 20
     """Number of seeded starts of K-means; the best objective wins."""
+    hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
+    with ``k: auto`` another K the error of its prediction) by more than this share."""
 
 
 class AggregationConfig(Section):
@@ -222,7 +227,7 @@ class ServerSettings:
         participation: Share of the clients asked in a round, in (0, 1].
         quorum: The least number of clients that must reply.
         stale: What happens to replies after their round's deadline.
-        k: Number of clusters.
+        k: Number of clusters; None where the server estimates it.
         clustering: How uploads are grouped.
         aggregation: How a group becomes one adapter.
     """
@@ -231,7 +236,7 @@ class ServerSettings:
     participation: float
     quorum: int
     stale: Literal["drop", "use"]
-    k: int
+    k: int | None
     clustering: ClusteringConfig
     aggregation: AggregationConfig
 
@@ -302,6 +307,9 @@ class Config(Section):
             raise ValueError("federation.pool needs training.adapters=per-task")
         if self.federation.partition.rule == "table" and not self.federation.partition.table:
             raise ValueError("federation.partition.rule=table needs federation.partition.table")
+        if self.server.clustering.k == "auto" and self.server.clustering.rule in ("kmeans", "random"):
+            rule = self.server.clustering.rule
+            raise ValueError(f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral")
         if self.federation.quorum > self.federation.clients:
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
@@ -309,9 +317,10 @@ class Config(Section):
         return self
 
     @property
-    def clusters(self) -> int:
-        """K: as configured, else the number of tasks."""
-        return self.server.clustering.k or len(self.tasks)
+    def clusters(self) -> int | None:
+        """K: as configured, else the number of tasks; None where the server estimates it."""
+        k = self.server.clustering.k
+        return None if k == "auto" else k or len(self.tasks)
 
     @property
     def server_settings(self) -> ServerSettings:

@@ -79,7 +79,7 @@ def write_partition(config: Config, out: Path) -> list[Path]:
 def coordinator_config(config: Config) -> Config:
     """The config without what only the data owners may know: the tasks, where they lie and who holds them."""
     federation = config.federation.model_copy(update={"partition": FederationConfig().partition})
-    clustering = config.server.clustering.model_copy(update={"k": config.clusters})
+    clustering = config.server.clustering.model_copy(update={"k": config.clusters or "auto"})
     server = config.server.model_copy(update={"clustering": clustering})
     return config.model_copy(update={"tasks": {}, "data_root": None, "federation": federation, "server": server})
 

@@ -89,9 +89,8 @@ def play(config: Config, name: str, rows: int, out: Path) -> None:
         np.zeros(count, dtype=np.int64),
         np.full(count, np.nan),
         np.full(count, np.nan),
-        {},
+        change_grams(state.initial, pairs),
     )
-    film = Recording(**{**film.__dict__, "grams": change_grams(state.initial, pairs)})
     out.mkdir(parents=True, exist_ok=True)
     film.save_as(out / f"{name}.safetensors")
     record = {

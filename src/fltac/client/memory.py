@@ -1,7 +1,7 @@
 """Memory that the passes leave in pieces goes back to the system.
 
-Passes of packed rows have ever new sizes, and glibc keeps what was freed in holes that the next sizes do not fit:
-a gigabyte after a few hundred passes. Giving the holes back every few passes costs 1 to 2 % of the time.
+Passes of packed rows have ever new sizes, and glibc keeps what was freed in holes that the next sizes do not fit. After
+each pass giving the holes back would cost noticeable time, after every few it does not.
 """
 
 import ctypes

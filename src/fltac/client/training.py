@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from fltac.client.memory import give_back
 from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
+from fltac.config.sections import Loss
 from fltac.data.encoded import EncodedTask, Split
 from fltac.model.lanes import LaneModel
 from fltac.model.prefix import RowKey
@@ -86,8 +86,6 @@ class Trained:
     adapter: Adapter
     loss: float
 
-
-Loss = Literal["plain", "logit-adjusted", "balanced"]
 
 OnPass = Callable[[int, Tensor], None]
 """Told after a pass how many adapters were in it, and their losses; reading those waits for a GPU."""

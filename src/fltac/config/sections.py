@@ -13,6 +13,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
+ClientSkew = Literal["none", "labels", "length"]
+Loss = Literal["plain", "logit-adjusted", "balanced"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -71,7 +73,7 @@ class PartitionConfig(Section):
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """A client whose share of a task is below this gets none of it."""
     max_tasks_per_client: Positive | None = None
-    client_skew: Literal["none", "labels", "length"] = "none"
+    client_skew: ClientSkew = "none"
     """What a client's rows have in common over all its tasks. ``labels``: it keeps each class with a probability of
     its own, by class number; ``length``: it keeps one quarter of each task's rows, by their length. Other rows are in
     nobody's hands."""
@@ -146,7 +148,7 @@ class TrainingConfig(Section):
     """Of SGD."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of one adapter's gradient."""
-    loss: Literal["plain", "logit-adjusted", "balanced"] = "plain"
+    loss: Loss = "plain"
     """Cross entropy. ``logit-adjusted``: the logarithm of the slot's own label shares is added to the logits
     (arXiv 2007.07314), so that the adapter need not learn them; ``balanced``: each row weighs inversely to its class's
     share. A regression's loss is always the squared error."""

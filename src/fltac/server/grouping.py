@@ -1,10 +1,10 @@
-"""The rules by which a round's slots are grouped, one function each, in one table."""
+"""The rules by which a round's slots are grouped from uploads, one function each; ``server.rules`` has all rules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fltac.config import ServerSettings
-from fltac.records import ServerState, SlotKey, Update
+from fltac.records import Adapter, ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
 from fltac.server.changes import Changes
 from fltac.server.clustering import Points, group, silhouette
@@ -21,12 +21,14 @@ class Grouping:
             clusters of the round before.
         clustered: False where the rule compares nothing and there is nothing to report.
         silhouette: In the space that was clustered, if one was.
+        memory: What the rule keeps of each slot for later rounds, where it does so itself.
     """
 
     labels: Mapping[SlotKey, int]
     identities: bool
     clustered: bool
     silhouette: float | None = None
+    memory: Mapping[SlotKey, Adapter] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Evidence:
         state: The server before this round.
         round_number: This round.
         updates: Checked, sorted by (client, slot), at least one.
+        began: What each of the updates began from.
         changes: What each slot ever seen has learned, this round included; None for rules that do not accumulate.
         groups: Opaque group numbers, for the rule ``given`` alone.
     """
@@ -44,13 +47,9 @@ class Evidence:
     state: ServerState
     round_number: int
     updates: Sequence[Update]
+    began: Mapping[SlotKey, Adapter]
     changes: Changes | None
     groups: Mapping[SlotKey, int] | None
-
-
-def group_slots(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """Applies the configured rule."""
-    return RULES[settings.clustering.rule](evidence, settings)
 
 
 def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
@@ -109,7 +108,9 @@ def _random(evidence: Evidence, settings: ServerSettings) -> Grouping:
     return Grouping(labels, identities=True, clustered=True)
 
 
-RULES: dict[str, Callable[[Evidence, ServerSettings], Grouping]] = {
+Rule = Callable[[Evidence, ServerSettings], Grouping]
+
+RULES: dict[str, Rule] = {
     "kmeans": _kmeans,
     "spectral": _spectral,
     "single": _single,

@@ -334,11 +334,9 @@ class Config(Section):
                 f"server.clustering.assign: got 'loss' with rule={grouping.rule}; allowed with kmeans and spectral"
             )
         if grouping.held_back and grouping.rule != "ifca" and grouping.assign != "loss":
-            raise ValueError(
-                "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
-            )
+            raise ValueError("server.clustering.held_back needs rule=ifca or assign=loss, which score these rows")
         if self.pooled and (grouping.rule == "ifca" or grouping.assign == "loss"):
-            raise ValueError("federation.pool needs server.clustering without choice by loss")
+            raise ValueError("federation.pool: there is nothing to choose by loss (rule=ifca, assign=loss)")
         if self.federation.quorum > self.federation.clients:
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"

@@ -77,6 +77,8 @@ class Request:
         adapters: The clusters' adapters that ``slots`` refers to, each once.
         initial: The first adapter v0 with one head for every head key; None where all that the client's slots
             continue from is in ``adapters``.
+        candidates: Clusters, all in ``adapters``, of which the client is to choose one for each of its slots by
+            itself; empty where the server has decided.
     """
 
     round_number: int
@@ -84,21 +86,30 @@ class Request:
     slots: Mapping[int, int]
     adapters: Mapping[int, Adapter]
     initial: Adapter | None
+    candidates: tuple[int, ...] = ()
 
     def sent(self, slot: int) -> Adapter | None:
         """The cluster's adapter that a slot was sent; None where it was to begin from v0."""
         cluster = self.slots.get(slot)
         return None if cluster is None else self.adapters[cluster]
 
+    def began(self, update: "Update") -> Adapter | None:
+        """The cluster's adapter that an update began from: the one it chose, else the one sent; None for v0."""
+        return self.sent(update.slot) if update.cluster is None else self.adapters[update.cluster]
+
 
 @dataclass(frozen=True)
 class Update:
-    """One slot's trained adapter, as uploaded."""
+    """One slot's trained adapter, as uploaded.
+
+    ``cluster`` is the candidate that the client chose and began from, where it was asked to choose.
+    """
 
     client: str
     slot: int
     adapter: Adapter
     examples: int
+    cluster: int | None = None
 
     @property
     def key(self) -> SlotKey:
@@ -146,8 +157,9 @@ class ServerState:
         initial: v0: the LoRA factors (A random, B zero) and one head for each head key.
         clients: Ids of all clients, sorted.
         clusters: In order of their ids.
-        memory: For each slot ever seen, what it has learned since each of its rounds began, summed (the layout
-            belongs to ``server.similarity``); empty for rules that do not accumulate.
+        memory: What the clustering rule keeps of each slot: what it has learned since each of its rounds began,
+            summed (the layout belongs to ``server.changes``), or what ``server.bisection`` says; empty for rules
+            that keep nothing.
         next_cluster_id: The id that the next new cluster gets.
     """
 

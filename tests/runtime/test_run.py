@@ -137,7 +137,7 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
     assert summary["method"] == method
     silent = method in {"local", "zero", "central", "central-single", "central-full"}
     assert (summary["bytes_total"]["up"] == 0) == silent
-    clustered = method in {"fltac-paper", "oracle", "random"}
+    clustered = method in {"fltac-paper", "oracle", "random", "ifca", "cfl", "fedlease"}
     assert (summary["clustering"] is not None) == clustered
     if method == "oracle":
         assert summary["clustering"]["ari"] == 1.0

@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,14 +48,17 @@ def requests(draw: st.DrawFn) -> Request:
     sent = draw(st.dictionaries(small, adapters, max_size=3))
     slots = draw(st.dictionaries(small, st.sampled_from(sorted(sent)), max_size=4)) if sent else {}
     initial = draw(st.none() | adapters)
-    return Request(draw(st.integers(0, 9999)), draw(st.text(max_size=5)), slots, sent, initial)
+    candidates = tuple(draw(st.lists(st.sampled_from(sorted(sent)), unique=True))) if sent else ()
+    return Request(draw(st.integers(0, 9999)), draw(st.text(max_size=5)), slots, sent, initial, candidates)
 
 
 @st.composite
 def replies(draw: st.DrawFn) -> Reply:
     client = draw(st.text(max_size=5))
     slots = draw(st.lists(small, unique=True, max_size=3))
-    updates = tuple(Update(client, slot, draw(adapters), draw(st.integers(-1, 10**9))) for slot in slots)
+    updates = tuple(
+        Update(client, slot, draw(adapters), draw(st.integers(-1, 10**9)), draw(st.none() | small)) for slot in slots
+    )
     return Reply(client, updates, draw(st.none() | st.text()))
 
 
@@ -80,6 +84,7 @@ def test_request_round_trip(request_: Request) -> None:
         request_.slots,
     )
     assert set(found.adapters) == set(request_.adapters)
+    assert found.candidates == request_.candidates
     for cluster, adapter in request_.adapters.items():
         assert_same(found.adapters[cluster], adapter)
     assert (found.initial is None) == (request_.initial is None)
@@ -91,7 +96,9 @@ def test_request_round_trip(request_: Request) -> None:
 def test_reply_round_trip(reply: Reply) -> None:
     found = decode_reply(encode_reply(reply, "float32"))
     assert (found.client, found.error) == (reply.client, reply.error)
-    assert [(u.key, u.examples) for u in found.updates] == [(u.key, u.examples) for u in reply.updates]
+    assert [(u.key, u.examples, u.cluster) for u in found.updates] == [
+        (u.key, u.examples, u.cluster) for u in reply.updates
+    ]
     for ours, theirs in zip(found.updates, reply.updates, strict=True):
         assert_same(ours.adapter, theirs.adapter)
 
@@ -101,7 +108,7 @@ def test_reply_round_trip(reply: Reply) -> None:
 def test_equal_replies_give_equal_bytes(reply: Reply) -> None:
     turned = Reply(
         reply.client,
-        tuple(Update(u.client, u.slot, dict(reversed(list(u.adapter.items()))), u.examples) for u in reply.updates),
+        tuple(replace(u, adapter=dict(reversed(list(u.adapter.items())))) for u in reply.updates),
         reply.error,
     )
     assert encode_reply(turned, "float32") == encode_reply(reply, "float32")
@@ -212,6 +219,10 @@ BAD_REPLIES = [
     (reply_bytes({**GOOD_REPLY, "slots": [[True, 2]]}), "slots holds True; expected an integer"),
     (reply_bytes({**GOOD_REPLY, "slots": [[1, 2], [1, 3]]}), "slots names a slot twice"),
     (reply_bytes(GOOD_REPLY, {"1/a": np.zeros(1, np.float32)}), "tensor '1/a': belongs to none .* groups 0"),
+    (reply_bytes({**GOOD_REPLY, "chosen": [[3, 1]]}), "chosen names slot 3, of which there is no update"),
+    (reply_bytes({**GOOD_REPLY, "chosen": [[0, None]]}), "chosen holds None; expected an integer"),
+    (reply_bytes({**GOOD_REPLY, "chosen": [[0, 1], [0, 2]]}), "chosen names a slot twice"),
+    (reply_bytes({**GOOD_REPLY, "chosen": None}), "chosen is None; expected a list"),
     (reply_bytes(GOOD_REPLY, {"a": np.zeros(1, np.float32)}), "tensor 'a': belongs to none"),
     (
         reply_bytes(GOOD_REPLY, {"0/a": np.zeros(1, np.int32)}),
@@ -237,6 +248,10 @@ BAD_REQUESTS = [
         "request to client 'c': slot 0 refers to cluster 2, not sent",
     ),
     (reply_bytes({**GOOD_REQUEST, "initial": 1}), "request: initial is 1; expected true or false"),
+    (reply_bytes({**GOOD_REQUEST, "candidates": [2, 3]}), "cluster 3 is a candidate, not sent"),
+    (reply_bytes({**GOOD_REQUEST, "candidates": [2, 2]}), "candidates names a cluster twice"),
+    (reply_bytes({**GOOD_REQUEST, "candidates": ["2"]}), "candidates holds '2'; expected an integer"),
+    (reply_bytes({**GOOD_REQUEST, "candidates": 2}), "candidates is 2; expected a list"),
     (
         reply_bytes(GOOD_REQUEST, {"initial/a": np.zeros(1, np.float32)}),
         "tensor 'initial/a': belongs to none",

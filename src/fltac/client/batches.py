@@ -21,6 +21,29 @@ class BatchKey:
     slot: int
 
 
+def hold_back(rows: Rows, share: float, seed: int, client: str, slot: int) -> tuple[Rows, Rows]:
+    """Sets rows aside that are never trained on, the same in all rounds.
+
+    Args:
+        rows: ``[n]`` row numbers, n >= 1.
+        share: Of the rows; with a share above 0 at least one is held back and at least one is left, as far as there
+            are two.
+        seed: Of the run.
+        client: The client's id.
+        slot: The slot, as in :class:`BatchKey`.
+
+    Returns:
+        The rows to train on and those held back, both in their order. They are chosen by place, so that the same rows
+        are taken whatever their numbers are.
+    """
+    if share == 0 or len(rows) == 1:
+        return rows, rows[:0]
+    count = min(len(rows) - 1, max(1, round(share * len(rows))))
+    held = np.zeros(len(rows), dtype=np.bool_)
+    held[generator(seed, "held-back", client=client, slot=slot).permutation(len(rows))[:count]] = True
+    return rows[~held], rows[held]
+
+
 def visited_rows(rows: Rows, visits: int, key: BatchKey) -> Rows:
     """The rows that a round visits: shuffled passes over the slot's rows, cut after ``visits``.
 

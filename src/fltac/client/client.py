@@ -1,13 +1,13 @@
 """One client: its slots, the trainings that a request asks for, and the reply."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fltac.client.batches import BatchKey, make_batches
+from fltac.client.batches import BatchKey, hold_back, make_batches
 from fltac.client.training import Step, Trained, TrainJob
 from fltac.config import Config, TrainingConfig
 from fltac.data.encoded import EncodedTask
@@ -17,12 +17,16 @@ from fltac.seeding import derive, generator
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One task of a client: its rows of the task's training split, its head and its steps in a round."""
+    """One task of a client: its rows of the task's training split, its head and its steps in a round.
+
+    ``held`` are rows of that split that are not trained on, to score adapters.
+    """
 
     task: EncodedTask
     rows: NDArray[np.int64]
     head_key: str
     steps: int
+    held: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,23 @@ def local_steps(config: TrainingConfig, rows: int) -> int:
     if config.epochs is not None:
         return max(1, ceil(config.epochs * rows / config.batch_size))
     return config.steps or 20
+
+
+def local_task(
+    task: EncodedTask, rows: NDArray[np.int64], head_key: str, config: Config, client: str, number: int
+) -> LocalTask:
+    """A task of a client in a federation.
+
+    Args:
+        task: Encoded.
+        rows: All that the client holds of its training split.
+        head_key: Of the head that it is trained through.
+        config: Gives the steps, and the share that is held back.
+        client: The client's id.
+        number: The slot, plus the task's place among those that share it.
+    """
+    trained, held = hold_back(rows, config.server.clustering.held_back, config.federation.seed, client, number)
+    return LocalTask(task, trained, head_key, local_steps(config.training, len(trained)), held)
 
 
 def start_adapter(request: Request, slot: int, heads: Sequence[str], initial: Adapter) -> Adapter:
@@ -87,9 +108,14 @@ def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64
     return np.asarray(counts / counts.sum())
 
 
-def reply_of(client: Client, trained: Sequence[Trained]) -> Reply:
-    """The upload of all of a client's slots."""
-    updates = tuple(Update(client.id, result.job.slot, result.adapter, result.job.examples) for result in trained)
+def reply_of(client: Client, trained: Sequence[Trained], request: Request | None = None) -> Reply:
+    """The upload of all of a client's slots; with the clusters that they chose, where a request let them choose."""
+    chosen = request.slots if request is not None and request.candidates else {}
+    updates = tuple(
+        Update(client.id, job.slot, result.adapter, job.examples, chosen.get(job.slot))
+        for result in trained
+        for job in [result.job]
+    )
     return Reply(client.id, updates)
 
 

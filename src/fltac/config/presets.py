@@ -9,7 +9,15 @@ OWNED: Tree = {
     "federation": {"pool": "none"},
     "training": {"adapters": "per-task", "heads": "per-shape", "trainable": "lora"},
     "server": {
-        "clustering": {"rule": "spectral", "head": True, "cannot_link": True, "starts": 20},
+        "clustering": {
+            "rule": "spectral",
+            "head": True,
+            "cannot_link": True,
+            "starts": 20,
+            "assign": "uploads",
+            "assignment_loss": "plain",
+            "held_back": 0.0,
+        },
         "aggregation": {"rule": "mean", "weighting": "examples"},
     },
 }
@@ -48,6 +56,22 @@ _OWN: dict[str, Tree] = {
     "oracle": {"server": {"clustering": {"rule": "given"}}},
     # Averages random groups.
     "random": {"server": {"clustering": {"rule": "random"}}},
+    # IFCA (arXiv 2006.04088): each slot takes the cluster with the least loss on its rows, unweighted mean.
+    "ifca": {
+        "server": {
+            "clustering": {"rule": "ifca", "cannot_link": False},
+            "aggregation": {"weighting": "uniform"},
+        }
+    },
+    # Clustered federated learning (arXiv 1910.01991): one cluster, bisected again and again.
+    "cfl": {"server": {"clustering": {"rule": "cfl", "cannot_link": False}}},
+    # The allocation of FedLEASE (arXiv 2509.15087) alone: once, by the cosine of B, unweighted mean.
+    "fedlease": {
+        "server": {
+            "clustering": {"rule": "fedlease", "head": False, "cannot_link": False},
+            "aggregation": {"weighting": "uniform"},
+        }
+    },
     # All of a task's rows in one place, LoRA, the steps of all its slots together.
     "central": {"federation": {"pool": "sum"}, "server": {"clustering": {"rule": "none"}}},
     # The same with the steps of one slot.

@@ -183,14 +183,17 @@ class TrainingConfig(Section):
 class ClusteringConfig(Section):
     """How the server groups the uploads."""
 
-    rule: Literal["kmeans", "spectral", "single", "none", "given", "random"] = "spectral"
+    rule: Literal["kmeans", "spectral", "single", "none", "given", "random", "ifca", "cfl", "fedlease"] = "spectral"
     """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the top-K
     eigenvectors of a similarity kernel; ``single``: one group; ``none``: every slot alone; ``given``: opaque
-    group numbers from outside (the oracle); ``random``: a random group."""
+    group numbers from outside (the oracle); ``random``: a random group; ``ifca``: clients choose by loss
+    (arXiv 2006.04088); ``cfl``: clusters are bisected (arXiv 1910.01991); ``fedlease``: once, by the cosine of B
+    (arXiv 2509.15087)."""
     k: Positive | Literal["auto"] | None = None
     """Number of clusters; default: the number of tasks. ``auto`` (``spectral``): as many as the uploads support, by
     how well the means of groups found in some of the adapted matrices predict their members in the others; with
-    ``cannot_link`` at least as many as one client has slots."""
+    ``cannot_link`` at least as many as one client has slots. ``cfl`` needs none; ``fedlease`` takes the best
+    silhouette where it is not given."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
@@ -202,6 +205,29 @@ class ClusteringConfig(Section):
     hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
     with ``k: auto`` another K the error of its prediction) by more than this share."""
+    assign: Literal["uploads", "loss"] = "uploads"
+    """``loss``: with ``kmeans`` and ``spectral``, from the round ``assign_from`` on clients choose among the clusters'
+    adapters by the loss on their own rows, as with ``ifca``."""
+    assign_from: Annotated[int, Field(ge=2)] = 2
+    """The first round in which ``assign: loss`` holds."""
+    assignment_rows: Positive = 64
+    """Rows of each task that a client scores the clusters' adapters on."""
+    assignment_loss: Literal["plain", "balanced"] = "plain"
+    """The mean over these rows, or over the means of the classes that occur among them."""
+    held_back: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a task's training rows that a client scores on and never trains on; 0: it scores on training rows."""
+    spread: Annotated[float, Field(ge=0)] = 0.02
+    """``ifca``: standard deviation of the first B of each cluster; with 0 all bodies begin as the same function."""
+    eps1: Annotated[float, Field(ge=0)] = 0.1
+    """``cfl``: a cluster may be split once the norm of its mean update is below this share of the largest it had."""
+    eps2: Annotated[float, Field(ge=0)] = 0.4
+    """``cfl``: and while a member's update has a norm above this share of the same largest mean."""
+    k_max: Positive = 8
+    """``fedlease``: the most clusters that the silhouette chooses from."""
+
+    def by_loss(self, round_number: int) -> bool:
+        """Whether clients choose their clusters in a round."""
+        return self.rule == "ifca" or (self.assign == "loss" and round_number >= self.assign_from)
 
 
 class AggregationConfig(Section):
@@ -301,7 +327,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
-        if not self.tasks and self.server.clustering.k is None:
+        grouping = self.server.clustering
+        if not self.tasks and grouping.k is None and grouping.rule not in ("cfl", "fedlease"):
             raise ValueError("tasks: there are none; without tasks server.clustering.k has to be given")
         if self.training.trainable == "all" and not self.pooled:
             raise ValueError("training.trainable=all needs federation.pool=sum or single")
@@ -309,9 +336,18 @@ class Config(Section):
             raise ValueError("federation.pool needs training.adapters=per-task")
         if self.federation.partition.rule == "table" and not self.federation.partition.table:
             raise ValueError("federation.partition.rule=table needs federation.partition.table")
-        if self.server.clustering.k == "auto" and self.server.clustering.rule in ("kmeans", "random"):
-            rule = self.server.clustering.rule
-            raise ValueError(f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral")
+        if grouping.k == "auto" and grouping.rule in ("kmeans", "random", "ifca"):
+            raise ValueError(
+                f"server.clustering.k: got auto, but rule {grouping.rule} needs a number; allowed with spectral"
+            )
+        if grouping.assign == "loss" and grouping.rule not in ("kmeans", "spectral"):
+            raise ValueError(
+                f"server.clustering.assign: got 'loss' with rule={grouping.rule}; allowed with kmeans and spectral"
+            )
+        if grouping.held_back and grouping.rule != "ifca" and grouping.assign != "loss":
+            raise ValueError("server.clustering.held_back needs rule=ifca or assign=loss, which score these rows")
+        if self.pooled and (grouping.rule == "ifca" or grouping.assign == "loss"):
+            raise ValueError("federation.pool: there is nothing to choose by loss (rule=ifca, assign=loss)")
         if self.federation.quorum > self.federation.clients:
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"

@@ -5,11 +5,13 @@ scores; an error that it answers names client, slot and tensor, never a task, a 
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fltac.client.assignment import choose
 from fltac.client.client import plan_jobs, reply_of
 from fltac.client.training import TrainJob, train
 from fltac.config import Config, load_config
@@ -113,12 +115,13 @@ class Node:
             raise NodeFault(f"the request is for client {request.client!r}; this is {owner.client.id!r}")
         if request.initial is not None:
             self._initial = request.initial
-        jobs = owner_jobs(owner, request, self._initial)
         if isinstance(question, TrainQuestion):
             config = owner.config
+            request = chosen(owner, request, self._initial)
+            jobs = owner_jobs(owner, request, self._initial)
             trained = train(owner.model, jobs, config.training, config.lora.dropout, owner.plan)
-            return reply_of(owner.client, trained)
-        return scores(owner, jobs, question.max_rows)
+            return reply_of(owner.client, trained, request)
+        return scores(owner, owner_jobs(owner, request, self._initial), question.max_rows)
 
     def _current(self) -> Owner:
         if self._owner is None or self._owner.file.stamp() != self._owner.stamp:
@@ -188,6 +191,23 @@ def hello(owner: Owner) -> NodeHello:
         tokenizer=next(iter(owner.tasks.values())).encoder,
         body_shapes=owner.model.body_shapes,
     )
+
+
+def chosen(owner: Owner, request: Request, initial: Adapter | None) -> Request:
+    """The request, each slot pointing at the cluster that it chose where the owner is to choose.
+
+    Raises:
+        NodeFault: a candidate does not fit this owner's model, or there is none where the rule needs them.
+    """
+    if owner.config.server.clustering.rule == "ifca" and not request.candidates:
+        raise NodeFault("the request brings no clusters to choose from, which the rule ifca needs")
+    for cluster in request.candidates:
+        for slot, tasks in owner.client.slots.items():
+            heads = {local.head_key for local in tasks}
+            fault = received_fault(replace(request, slots={slot: cluster}), initial, slot, heads, owner)
+            if fault is not None:
+                raise NodeFault(f"slot {slot}: cluster {cluster}: {fault}")
+    return choose(owner.model, owner.client, request, initial or {}, owner.config)
 
 
 def owner_jobs(owner: Owner, request: Request, initial: Adapter | None) -> list[TrainJob]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fltac.client.client import Client, LocalTask, local_steps
+from fltac.client.client import Client, LocalTask, local_task
 from fltac.client.schedule import LanePlan
 from fltac.config import Config
 from fltac.config.client_file import ClientFile, load_client_file
@@ -94,11 +94,11 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
     shared = config.training.adapters == "shared"
     slots: dict[int, tuple[LocalTask, ...]] = {}
     for name, task in tasks.items():
-        rows = np.arange(len(task.train))
-        steps, most = local_steps(config.training, len(rows)), file.limits.steps
-        if most is not None and steps > most:
-            raise InputError(f"training: {steps} steps of the task {name} in a round; limits.steps allows {most}")
-        local = LocalTask(task, rows, str(task.outputs), steps)
         slot = 0 if shared else file.slots[name]
-        slots[slot] = (*slots.get(slot, ()), local)
+        before, most = slots.get(slot, ()), file.limits.steps
+        rows = np.arange(len(task.train))
+        local = local_task(task, rows, str(task.outputs), config, file.id, slot + len(before))
+        if most is not None and local.steps > most:
+            raise InputError(f"training: {local.steps} steps of the task {name} in a round; limits.steps allows {most}")
+        slots[slot] = (*before, local)
     return Client(file.id, slots)

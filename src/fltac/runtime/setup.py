@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fltac.builtin import builtin_folder
-from fltac.client.client import Client, LocalTask, local_steps
+from fltac.client.client import Client, LocalTask, local_steps, local_task
 from fltac.config import Config, to_yaml
 from fltac.data.encoded import EncodedTask, Split, load_tasks
 from fltac.data.partition import Partition, make_partition
@@ -168,7 +168,7 @@ def _visits(config: Config, clients: Mapping[str, Client], tasks: Mapping[str, E
     out = []
     for name, task in tasks.items():
         held = [
-            min(len(local.rows), local.steps * config.training.batch_size * config.rounds)
+            min(len(local.rows), local.steps * config.training.batch_size * config.rounds) + len(local.held)
             for client in clients.values()
             for locals_ in client.slots.values()
             for local in locals_
@@ -208,8 +208,8 @@ def build_clients(
             told = shared and config.training.heads == "per-task"
             key = f"{task.outputs}-{numbers[name]}" if told else str(task.outputs)
             slot = 0 if shared else index
-            local = LocalTask(task, rows, key, local_steps(config.training, len(rows)))
-            slots[slot] = (*slots.get(slot, ()), local)
+            before = slots.get(slot, ())
+            slots[slot] = (*before, local_task(task, rows, key, config, client, slot + len(before)))
             holdings.append(Holding(client, slot, name, key))
         if slots:
             clients[client] = Client(client, slots)

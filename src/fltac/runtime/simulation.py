@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fltac.client.assignment import choose
 from fltac.client.client import Client, plan_jobs, reply_of
 from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train_each
@@ -56,9 +57,14 @@ class Simulation:
         return {}
 
     def exchange(self, requests: Sequence[Request]) -> Exchange:
-        """Sends the requests, trains, and collects the replies."""
+        """Sends the requests, lets clients choose where they are to, trains, and collects the replies."""
         start = time.perf_counter()
-        received, down_bytes = self.deliver(requests)
+        delivered, down_bytes = self.deliver(requests)
+        received = [
+            choose(self.model, self.clients[request.client], request, request.initial or {}, self.config)
+            for request in delivered
+        ]
+        answered = {request.client: request for request in received}
         jobs = [
             job
             for request in received
@@ -76,7 +82,7 @@ class Simulation:
             done[client].append(result)
             if len(done[client]) == asked[client]:
                 # At once, so that no adapter is held twice for longer than its client's turn.
-                payload = self._payload(client, done.pop(client))
+                payload = self._payload(answered[client], done.pop(client))
                 up_bytes += len(payload)
                 replies[client] = decode_reply(payload)
         ordered = tuple(replies[request.client] for request in received if request.client in replies)
@@ -99,10 +105,11 @@ class Simulation:
             received.append(replace(got, adapters=adapters, initial=initial))
         return received, size
 
-    def _payload(self, client: str, own: Sequence[Trained]) -> bytes:
+    def _payload(self, request: Request, own: Sequence[Trained]) -> bytes:
         """A client's encoded reply."""
+        client = request.client
         try:
-            reply = reply_of(self.clients[client], sorted(own, key=lambda result: result.job.slot))
+            reply = reply_of(self.clients[client], sorted(own, key=lambda result: result.job.slot), request)
             return encode_reply(reply, self.config.wire_dtype)
         except WireError as error:
             # Diverged: its values do not fit the wire's dtype. The round goes on without it.

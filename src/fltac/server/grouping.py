@@ -1,4 +1,4 @@
-"""The rules by which a round's slots are grouped, one function each, in one table."""
+"""The rules by which a round's slots are grouped from uploads, one function each; ``server.rules`` has all rules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from fltac.config import ServerSettings
-from fltac.records import ServerState, SlotKey, Update
+from fltac.records import Adapter, ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
 from fltac.server.changes import Changes
 from fltac.server.choosing import Choice, choose_k, confidence
@@ -30,6 +30,7 @@ class Grouping:
         silhouette: In the space that was clustered, if one was.
         confidence: How sure each slot's group is (``server.choosing.confidence``), if a space was clustered.
         residuals: For each K that was tried the error of its prediction, where K was chosen.
+        memory: What the rule keeps of each slot for later rounds, where it does so itself.
     """
 
     labels: Mapping[SlotKey, int]
@@ -38,6 +39,7 @@ class Grouping:
     silhouette: float | None = None
     confidence: Mapping[SlotKey, float] = field(default_factory=dict)
     residuals: Mapping[int, float] | None = None
+    memory: Mapping[SlotKey, Adapter] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Evidence:
         state: The server before this round.
         round_number: This round.
         updates: Checked, sorted by (client, slot), at least one.
+        began: What each of the updates began from.
         changes: What each slot ever seen has learned, this round included; None for rules that do not accumulate.
         groups: Opaque group numbers, for the rule ``given`` alone.
     """
@@ -55,13 +58,9 @@ class Evidence:
     state: ServerState
     round_number: int
     updates: Sequence[Update]
+    began: Mapping[SlotKey, Adapter]
     changes: Changes | None
     groups: Mapping[SlotKey, int] | None
-
-
-def group_slots(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """Applies the configured rule."""
-    return RULES[settings.clustering.rule](evidence, settings)
 
 
 def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
@@ -148,7 +147,9 @@ def _random(evidence: Evidence, settings: ServerSettings) -> Grouping:
     return Grouping(labels, identities=True, clustered=True)
 
 
-RULES: dict[str, Callable[[Evidence, ServerSettings], Grouping]] = {
+Rule = Callable[[Evidence, ServerSettings], Grouping]
+
+RULES: dict[str, Rule] = {
     "kmeans": _kmeans,
     "spectral": _spectral,
     "single": _single,

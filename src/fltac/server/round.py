@@ -6,15 +6,12 @@ No function here keeps anything, and no type here has room for a task's name.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from fltac.config import ServerSettings
 from fltac.records import (
-    LORA_A,
     Adapter,
     Cluster,
-    FloatArray,
     LateReply,
     Presence,
     Rejection,
@@ -27,10 +24,12 @@ from fltac.records import (
 )
 from fltac.seeding import generator
 from fltac.server.aggregation import mean_adapter, weights_of
-from fltac.server.changes import received_by, remember
-from fltac.server.cohort import draw_cohort, first_head
-from fltac.server.grouping import ACCUMULATING, Evidence, Grouping, group_slots
+from fltac.server.changes import Changes, received_by, remember
+from fltac.server.cohort import draw_cohort
+from fltac.server.first import first_adapter, first_clusters
+from fltac.server.grouping import ACCUMULATING, Evidence, Grouping
 from fltac.server.matching import match_clusters
+from fltac.server.rules import group_slots
 from fltac.server.validation import accept_late, accept_updates
 
 
@@ -50,17 +49,18 @@ def init_server(
 
     Returns:
         A is drawn from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, everything else of the body is zero, so that v0
-        changes nothing; head weights are drawn from N(0, 0.02^2), biases are zero.
+        changes nothing; head weights are drawn from N(0, 0.02^2), biases are zero. With the rule ``ifca``, the first
+        clusters, too.
     """
-    initial: dict[str, FloatArray] = {}
-    draw = generator(settings.seed, "initial-adapter")
-    for name, shape in body_shapes.items():
-        bound = shape[-1] ** -0.5
-        value = draw.uniform(-bound, bound, shape) if name.endswith(LORA_A) else np.zeros(shape)
-        initial[name] = value.astype(np.float32)
-    for key, (outputs, hidden) in head_shapes.items():
-        initial |= first_head(key, (outputs, hidden), draw)
-    return ServerState(round_number=0, initial=initial, clients=tuple(sorted(clients)))
+    initial = first_adapter(body_shapes, head_shapes, generator(settings.seed, "initial-adapter"))
+    clusters = first_clusters(settings, body_shapes, head_shapes) if settings.clustering.rule == "ifca" else ()
+    return ServerState(
+        round_number=0,
+        initial=initial,
+        clients=tuple(sorted(clients)),
+        clusters=clusters,
+        next_cluster_id=len(clusters),
+    )
 
 
 def plan_round(
@@ -76,7 +76,8 @@ def plan_round(
     number = state.round_number + 1
     there = _presences(state) if present is None else {item.client: item for item in present}
     cohort = draw_cohort(sorted(there), settings.participation, settings.seed, number, settings.quorum)
-    return _requests(state, number, [there[client] for client in cohort])
+    choose = settings.clustering.by_loss(number)
+    return _requests(state, number, [there[client] for client in cohort], choose)
 
 
 def plan_delivery(state: ServerState, present: Sequence[Presence] | None = None) -> list[Request]:
@@ -92,8 +93,10 @@ def _presences(state: ServerState) -> dict[str, Presence]:
     return {client: Presence(client, own) for client, own in heads.items()}
 
 
-def _requests(state: ServerState, number: int, clients: Sequence[Presence]) -> list[Request]:
+def _requests(state: ServerState, number: int, clients: Sequence[Presence], choose: bool = False) -> list[Request]:
+    """What each client is sent; to ``choose`` from, all clusters, those without members included."""
     assignment, adapters = state.assignment(), {cluster.id: cluster.adapter for cluster in state.clusters}
+    candidates = tuple(sorted(adapters)) if choose else ()
     requests = []
     for item in clients:
         slots = {
@@ -104,15 +107,24 @@ def _requests(state: ServerState, number: int, clients: Sequence[Presence]) -> l
                 round_number=number,
                 client=item.client,
                 slots=slots,
-                adapters={cluster: adapters[cluster] for cluster in sorted(set(slots.values()))},
-                initial=state.initial if _lacks(item, slots, adapters) else None,
+                adapters={cluster: adapters[cluster] for cluster in candidates or sorted(set(slots.values()))},
+                initial=state.initial if _lacks(item, slots, adapters, candidates) else None,
+                candidates=candidates,
             )
         )
     return requests
 
 
-def _lacks(item: Presence, slots: Mapping[int, int], adapters: Mapping[int, Adapter]) -> bool:
-    """Whether a slot has no cluster yet, or uses a head that its cluster's adapter has not; clients keep nothing."""
+def _lacks(
+    item: Presence, slots: Mapping[int, int], adapters: Mapping[int, Adapter], candidates: Sequence[int]
+) -> bool:
+    """Whether a slot has no cluster yet, or uses a head that its cluster's adapter has not; clients keep nothing.
+
+    Where the client chooses: whether a slot uses a head that a candidate has not.
+    """
+    if candidates:
+        heads = {key for own in item.heads.values() for key in own}
+        return any(f"head.{key}.weight" not in adapters[cluster] for key in heads for cluster in candidates)
     return not slots or any(
         slot not in slots or any(f"head.{key}.weight" not in adapters[slots[slot]] for key in heads)
         for slot, heads in item.heads.items()
@@ -144,9 +156,10 @@ def finish_round(
     """
     number = state.round_number + 1
     cohort = tuple(sorted(request.client for request in requests))
-    updates, rejections = accept_updates(replies, cohort, state.initial)
-    received = received_by(state)
-    began = {update.key: received.get(update.key, state.initial) for update in updates}
+    asked = {request.client: request for request in requests}
+    candidates = {client: request.candidates for client, request in asked.items()}
+    updates, rejections = accept_updates(replies, cohort, state.initial, candidates)
+    began = {update.key: asked[update.client].began(update) or state.initial for update in updates}
     stale = 0
     replied = sorted({update.client for update in updates})
     if len(replied) < settings.quorum:
@@ -157,7 +170,7 @@ def finish_round(
     else:
         for item in late:
             used, refused = accept_late(item, began, state.initial, settings.stale)
-            began |= {update.key: item.request.sent(update.slot) or state.initial for update in used}
+            began |= {update.key: item.request.began(update) or state.initial for update in used}
             updates, rejections, stale = [*updates, *used], [*rejections, *refused], stale + len(used)
         updates.sort(key=lambda update: update.key)
     if not updates:
@@ -167,14 +180,14 @@ def finish_round(
     changes = remember(state, updates, began, rule.memory, settings.seed) if rule.rule in ACCUMULATING else None
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
-        grouping = group_slots(Evidence(state, number, updates, changes, groups), settings)
+        grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)
         clusters = _clusters(state, updates, grouping, settings)
     after = ServerState(
         round_number=number,
         initial=state.initial,
         clients=state.clients,
         clusters=clusters,
-        memory=state.memory if changes is None else changes.memory(),
+        memory=_memory(state, changes, grouping),
         next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
     )
     k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None
@@ -190,6 +203,13 @@ def finish_round(
         grouping.residuals,
     )
     return after, report
+
+
+def _memory(state: ServerState, changes: Changes | None, grouping: Grouping) -> Mapping[SlotKey, Adapter]:
+    """What is kept of each slot: by the rule itself, or what it has learned, or what was kept before."""
+    if grouping.memory is not None:
+        return grouping.memory
+    return state.memory if changes is None else changes.memory()
 
 
 @dataclass(frozen=True)

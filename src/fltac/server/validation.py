@@ -40,7 +40,10 @@ class Expected:
 
 
 def accept_updates(
-    replies: Sequence[Reply], cohort: Sequence[str], initial: Adapter
+    replies: Sequence[Reply],
+    cohort: Sequence[str],
+    initial: Adapter,
+    candidates: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[list[Update], list[Rejection]]:
     """Sorts the replies of a round into updates to use and rejections.
 
@@ -48,6 +51,7 @@ def accept_updates(
         replies: In any order.
         cohort: Ids of the clients that were asked.
         initial: v0, whose names, shapes and head keys every upload has to have.
+        candidates: By client, the clusters that it was to choose from; empty or missing where it was not asked to.
 
     Returns:
         The updates sorted by (client, slot), and one rejection for each reply or update that cannot be used,
@@ -66,6 +70,7 @@ def accept_updates(
         seen: set[int] = set()
         for update in reply.updates:
             fault = update_fault(update, reply.client, seen, expected)
+            fault = fault or choice_fault(update, (candidates or {}).get(reply.client, ()))
             seen.add(update.slot)
             if fault is None:
                 updates.append(update)
@@ -92,7 +97,7 @@ def accept_late(
         return [], [Rejection(client, None, f"late, of round {number}: {late.reply.error}")]
     if stale == "drop":
         return [], [Rejection(client, None, f"its reply to round {number} came after the deadline")]
-    updates, rejections = accept_updates([late.reply], [client], initial)
+    updates, rejections = accept_updates([late.reply], [client], initial, {client: late.request.candidates})
     newer = [update for update in updates if update.key in known]
     rejections += [
         Rejection(client, update.slot, f"its update of round {number} came after a newer one") for update in newer
@@ -126,6 +131,22 @@ def update_fault(update: Update, client: str, seen: set[int], expected: Expected
     if update.examples < 1:
         return f"examples is {update.examples}; allowed are numbers from 1"
     return _adapter_fault(update.adapter, expected)
+
+
+def choice_fault(update: Update, candidates: Sequence[int]) -> str | None:
+    """Says in one line why the cluster that an update names cannot be; None if it can.
+
+    Args:
+        update: As decoded.
+        candidates: What its client was to choose from; empty where it was not asked to.
+    """
+    if update.cluster is None:
+        return "has chosen no cluster" if candidates else None
+    if not candidates:
+        return f"names cluster {update.cluster}, but was not asked to choose"
+    if update.cluster not in candidates:
+        return f"has chosen cluster {update.cluster}; it was sent {', '.join(map(str, candidates))}"
+    return None
 
 
 def _adapter_fault(adapter: Adapter, expected: Expected) -> str | None:

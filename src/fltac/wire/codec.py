@@ -54,6 +54,8 @@ def encode_request(request: Request, dtype: Dtype) -> bytes:
         "clusters": list(request.adapters),
         "initial": request.initial is not None,
     }
+    if request.candidates:
+        record["candidates"] = list(request.candidates)
     return pack(_joined(groups), record, dtype)
 
 
@@ -75,6 +77,7 @@ def decode_request(data: bytes) -> Request:
         slots=dict(_pairs(record, "slots")),
         adapters={cluster: groups[str(cluster)] for cluster in clusters},
         initial=groups.get(INITIAL),
+        candidates=tuple(_candidates(record)),
     )
     _check_references(request)
     return request
@@ -96,6 +99,9 @@ def encode_reply(reply: Reply, dtype: Dtype) -> bytes:
         "slots": [(update.slot, update.examples) for update in reply.updates],
         "error": reply.error,
     }
+    chosen = [(update.slot, update.cluster) for update in reply.updates if update.cluster is not None]
+    if chosen:
+        record["chosen"] = chosen
     return pack(_joined(groups), record, dtype)
 
 
@@ -112,7 +118,11 @@ def decode_reply(data: bytes) -> Reply:
         raise WireError(f"reply of client {client!r}: error is {error!r}; expected text or null")
     slots = _pairs(record, "slots")
     groups = _split(tensors, [str(slot) for slot, _ in slots])
-    updates = (Update(client, slot, groups[str(slot)], examples) for slot, examples in slots)
+    chosen = dict(_pairs(record, "chosen")) if "chosen" in record else {}
+    unknown = sorted(chosen.keys() - dict(slots).keys())
+    if unknown:
+        raise WireError(f"reply of client {client!r}: chosen names slot {unknown[0]}, of which there is no update")
+    updates = (Update(client, slot, groups[str(slot)], examples, chosen.get(slot)) for slot, examples in slots)
     return Reply(client, tuple(updates), error)
 
 
@@ -142,7 +152,20 @@ def _unique(pairs: Sequence[tuple[str, T]]) -> dict[str, T]:
     return groups
 
 
+def _candidates(record: Mapping[str, Any]) -> list[int]:
+    """Where the client is to choose, the clusters; each once, or the choice would mean nothing."""
+    if "candidates" not in record:
+        return []
+    clusters = [_integer(cluster, "candidates") for cluster in _list(record, "candidates")]
+    if len(set(clusters)) < len(clusters):
+        raise WireError("candidates names a cluster twice")
+    return clusters
+
+
 def _check_references(request: Request) -> None:
+    for cluster in request.candidates:
+        if cluster not in request.adapters:
+            raise WireError(f"request to client {request.client!r}: cluster {cluster} is a candidate, not sent")
     for slot, cluster in request.slots.items():
         if cluster not in request.adapters:
             raise WireError(f"request to client {request.client!r}: slot {slot} refers to cluster {cluster}, not sent")

@@ -1,16 +1,16 @@
 """The typed configuration: one record per section, every key documented."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from fltac.config.aggregation import AggregationConfig, aggregation_fault
+from fltac.config.section import Section
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -109,6 +109,9 @@ class LoraConfig(Section):
     """Names of the adapted modules, matched at the end of their path; default: query and value projections."""
     layers: list[int] | None = None
     """Indices of the adapted layers; default: all."""
+    ranks: dict[str, Positive] = Field(default_factory=dict)
+    """Ranks of clients (by id) that train fewer than ``rank``; for the rules of aggregation that can mix ranks. The
+    factor in front of B A stays that of ``rank``."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732) instead of alpha / rank."""
 
@@ -116,6 +119,10 @@ class LoraConfig(Section):
     def scaling(self) -> float:
         """The factor in front of B A."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    def rank_of(self, client: str) -> int:
+        """The rank that a client trains."""
+        return self.ranks.get(client, self.rank)
 
 
 class TrainingConfig(Section):
@@ -197,15 +204,6 @@ class ClusteringConfig(Section):
     """Number of seeded starts of K-means; the best objective wins."""
 
 
-class AggregationConfig(Section):
-    """How the members of a cluster become one adapter."""
-
-    rule: Literal["mean"] = "mean"
-    """``mean``: of the factors, tensor by tensor (FedIT, arXiv 2305.05644)."""
-    weighting: Literal["examples", "uniform"] = "examples"
-    """``examples``: by data size (Eq. 2 of the paper); ``uniform``: unweighted (its Algorithm 3)."""
-
-
 class ServerConfig(Section):
     seed: int | None = None
     """Of the server's own random choices (cohorts, v0, clustering); default: ``federation.seed``."""
@@ -225,6 +223,7 @@ class ServerSettings:
         k: Number of clusters.
         clustering: How uploads are grouped.
         aggregation: How a group becomes one adapter.
+        ranks: Of clients that train a smaller rank than the clusters' adapters have, by id.
     """
 
     seed: int
@@ -234,6 +233,7 @@ class ServerSettings:
     k: int
     clustering: ClusteringConfig
     aggregation: AggregationConfig
+    ranks: Mapping[str, int]
 
 
 class WireConfig(Section):
@@ -306,6 +306,11 @@ class Config(Section):
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
             )
+        fault = aggregation_fault(self.server.aggregation, self.lora.rank, self.lora.ranks, self.training.trainable)
+        if fault is not None:
+            raise ValueError(fault)
+        if self.lora.ranks and self.pooled:
+            raise ValueError("lora.ranks: there are no clients to have them with federation.pool")
         return self
 
     @property
@@ -324,6 +329,7 @@ class Config(Section):
             k=self.clusters,
             clustering=self.server.clustering,
             aggregation=self.server.aggregation,
+            ranks=self.lora.ranks,
         )
 
     @property

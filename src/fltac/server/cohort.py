@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from fltac.config import ServerSettings
-from fltac.records import FloatArray, Presence, ServerState, SlotKey
+from fltac.records import LORA_A, FloatArray, Presence, ServerState, SlotKey
 from fltac.seeding import generator
 
 HEAD_DEVIATION = 0.02
@@ -25,6 +25,21 @@ def first_head(key: str, shape: tuple[int, int], draw: np.random.Generator) -> d
         f"head.{key}.weight": draw.normal(0.0, HEAD_DEVIATION, shape).astype(np.float32),
         f"head.{key}.bias": np.zeros(shape[0], dtype=np.float32),
     }
+
+
+def first_factors(shapes: Mapping[str, tuple[int, ...]], draw: np.random.Generator) -> dict[str, FloatArray]:
+    """A body's first tensors: A from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, everything else zero.
+
+    Args:
+        shapes: Name to shape of all tensors that are not heads.
+        draw: Where A comes from.
+    """
+    out: dict[str, FloatArray] = {}
+    for name, shape in shapes.items():
+        bound = shape[-1] ** -0.5
+        value = draw.uniform(-bound, bound, shape) if name.endswith(LORA_A) else np.zeros(shape)
+        out[name] = value.astype(np.float32)
+    return out
 
 
 def admit(state: ServerState, present: Sequence[Presence], settings: ServerSettings) -> ServerState:
@@ -57,6 +72,7 @@ def admit(state: ServerState, present: Sequence[Presence], settings: ServerSetti
             for cluster in state.clusters
         ),
         memory={key: learned for key, learned in state.memory.items() if key not in gone},
+        own={key: tensors for key, tensors in state.own.items() if key not in gone},
     )
 
 

@@ -6,8 +6,10 @@ vectors z of ``|L (R z)|^2``, which is unbiased.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fltac.records import Adapter, FloatArray, base_of, lora_modules, without_base
 from fltac.seeding import generator
@@ -56,6 +58,6 @@ def _squares(parts: Sequence[Part], result: Adapter, module: str, seed: int) -> 
     return _mean_square(mean + left[members:].T @ low[members:]), _mean_square(mean)
 
 
-def _mean_square(images: FloatArray) -> float:
+def _mean_square(images: NDArray[np.floating[Any]]) -> float:
     """The mean over the probes of the squared length of what becomes of them, ``[out, probes]``."""
-    return float(np.einsum("ok,ok->", images, images, dtype=np.float64)) / images.shape[1]
+    return float(np.square(images, dtype=np.float64).sum() / images.shape[1])

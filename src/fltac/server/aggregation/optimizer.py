@@ -1,8 +1,9 @@
 """Server optimizers: a cluster steps from what it held towards the mean of its members, the pseudo-gradient.
 
 FedAvgM (Hsu, Qi, Brown, arXiv 1909.06335): ``v = momentum v + (mean - held)``, ``held + server_lr v``.
-FedAdam (Reddi et al., arXiv 2003.00295, Algorithm 2): ``m = beta1 m + (1 - beta1) d`` and
-``v = beta2 v + (1 - beta2) d^2`` with ``d = mean - held``, ``held + server_lr m / (sqrt(v) + tau)``; m begins at 0, v at tau^2, without bias correction.
+FedAdam (Reddi et al., arXiv 2003.00295, Algorithm 2), with ``d = mean - held``: ``m = beta1 m + (1 - beta1) d``,
+``v = beta2 v + (1 - beta2) d^2``, ``held + server_lr m / (sqrt(v) + tau)``; m begins at 0, v at tau^2, and there is no
+bias correction.
 
 All in float64 from float32 moments, tensor by tensor, heads included. Tensors that nobody trained in the round (a
 frozen factor, another head) and what is not averaged stay as the rule left them, and so do their moments.

@@ -11,7 +11,7 @@ from fltac.records import BASE_A, BASE_B, LORA_A, LORA_B, Adapter, FloatArray
 Matrix = NDArray[np.float64]
 
 NEGLIGIBLE = 1e-7
-"""Singular values below this share of the largest are rounding of float32 and are left out of a base."""
+"""Singular values below this share of the terms' norms are rounding of float32 and are left out of a base."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def decomposed(b: Matrix, a: Matrix) -> tuple[Matrix, Matrix, Matrix]:
 def as_base(b: Matrix, a: Matrix, module: str) -> Adapter:
     """A sum of products as a base of the least rank; nothing where it is zero."""
     u, values, v = decomposed(b, a)
-    rank = int((values > NEGLIGIBLE * values.max(initial=0.0)).sum())
+    # Terms may cancel, so that all that is left is their rounding.
+    terms = np.sqrt(np.sum(np.square(b).sum(axis=0) * np.square(a).sum(axis=1)))
+    rank = int((values > NEGLIGIBLE * terms).sum())
     if not rank:
         return {}
     return {

@@ -126,7 +126,7 @@ def test_an_upload_of_another_rank_than_the_clients_is_refused() -> None:
     settings = server("method=flexlora", "lora.ranks={b: 1}")
     first = start(settings, "a", "b")
     requests = plan_round(first, settings)
-    whole = {name: tensor for name, tensor in first.initial.items()}
+    whole = first.initial
     replies = [Reply(client, (Update(client, 0, whole, 1),)) for client in ("a", "b")]
     after, report = finish_round(first, requests, replies, settings)
     assert [(item.client, item.reason) for item in report.rejections] == [

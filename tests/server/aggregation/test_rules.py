@@ -62,7 +62,7 @@ def dense_error(parts: list[Part], result: Adapter) -> float:
 
 def by(rule: str, parts: list[Part], fresh: Adapter | None = None) -> Adapter:
     config = AggregationConfig.model_validate({"rule": rule})
-    return combined(parts, config, fresh or {name: x for name, x in fresh_factors().items()})
+    return combined(parts, config, fresh or fresh_factors())
 
 
 def fresh_factors() -> Adapter:

@@ -83,8 +83,10 @@ def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config
 
 def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64] | None:
     """The shares of the classes among a slot's rows, one row more of each, so that none is 0; None if not needed."""
+    if config.loss == "plain":
+        return None
     labels = local.task.train.labels[local.rows]
-    if config.loss == "plain" or np.issubdtype(labels.dtype, np.floating):
+    if np.issubdtype(labels.dtype, np.floating):
         return None
     counts = np.bincount(labels.astype(np.int64), minlength=local.task.outputs) + 1.0
     return np.asarray(counts / counts.sum())

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fltac.client.crew import Crew
+from fltac.client.memory import give_back
 from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
@@ -201,7 +202,7 @@ def train_pool(
     generators = [torch.Generator().manual_seed(job.dropout_seed) for job in pool]
     model.lanes.dropout = dropout
     sums = torch.zeros(len(pool), dtype=torch.float32, device=model.values.device)
-    for numbers in passes:
+    for made, numbers in enumerate(passes, start=1):
         model.activate(numbers)
         model.lanes.generators = [generators[number] for number in numbers]
         losses = lane_losses(model, [pool[number].steps[optimizer.done[number]] for number in numbers], config.loss)
@@ -210,6 +211,8 @@ def train_pool(
         optimizer.step(numbers, model.values[:active], model.gradients[:active])
         sums[numbers] += losses.detach().float()
         on_pass(active, losses.detach())
+        if model.packs:
+            give_back(made)
     model.lanes.dropout = 0.0
     totals = sums.tolist()
     return [Trained(job, model.read(number), totals[number] / len(job.steps)) for number, job in enumerate(pool)]

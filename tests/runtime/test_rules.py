@@ -27,12 +27,10 @@ class Stop(Silent):
     "settings",
     [
         ("method=ffa-lora",),
-        ("method=fedex-lora",),
-        ("server.aggregation.rule=fedsa",),
         ("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-1: 1}"),
-        ("method=fedadam", "wire.dtype=float16"),
+        ("server.aggregation.rule=fedsa", "server.aggregation.optimizer=fedadam", "wire.dtype=float16"),
     ],
-    ids=["ffa", "fedex", "fedsa", "flora", "fedadam"],
+    ids=["ffa", "flora with ranks", "fedsa with fedadam"],
 )
 def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_path: Path) -> None:
     fltac.run(small(*HALF, *settings), tmp_path / "whole")

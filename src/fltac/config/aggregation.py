@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fltac.config.section import Section
-from fltac.records import LORA_A, LORA_B
 
 MIXING = ("hetlora", "flexlora", "flora")
 """Rules that can average adapters of different ranks."""
@@ -42,6 +41,9 @@ class AggregationConfig(Section):
 
     def frozen(self, round_number: int) -> str | None:
         """The ending of the factors that nobody trains or uploads in a round; None where both are trained."""
+        # Not above: it brings NumPy along, and `fltac --help` is to answer at once.
+        from fltac.records import LORA_A, LORA_B
+
         if self.rule == "ffa":
             return LORA_A
         if self.rule == "rolora":

@@ -21,6 +21,7 @@ from fltac.data.metrics import predictions_from_logits, score
 from fltac.model.lanes import LaneModel
 from fltac.records import HEAD, Adapter, RoundReport, ServerState, SlotKey
 from fltac.seeding import generator
+from fltac.server.sending import Outbox
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,8 @@ def score_state(
     Returns:
         By task name, in the order of ``tasks``; a task that no client holds is left out.
     """
-    assignment = state.assignment()
-    clusters = {cluster.id: cluster.adapter for cluster in state.clusters}
-    digests: dict[int | None, bytes] = {
-        None: digest(state.initial),
-        **{number: digest(adapter) for number, adapter in clusters.items()},
-    }
+    outbox = Outbox(state, config.server_settings)
+    digests: dict[int, bytes] = {}  # by identity: slots that are sent the same share one object
     found: dict[ScoreKey, float] = {} if known is None else known
     before = dict(found)
     found.clear()
@@ -126,12 +123,13 @@ def score_state(
         labels = np.asarray(task.validation.labels[rows])
         by_client = []
         for holding in held:
-            cluster = assignment.get(holding.key)
-            key = (digests[cluster], holding.head_key, name, len(rows))
+            received = outbox.of(holding.key)
+            if id(received) not in digests:
+                digests[id(received)] = digest(received)
+            key = (digests[id(received)], holding.head_key, name, len(rows))
             if key not in found and key in before:
                 found[key] = before[key]
             if key not in found:
-                received = state.initial if cluster is None else clusters[cluster]
                 adapter = with_head(received, state.initial, holding.head_key)
                 logits = predict_logits(model, adapter, holding.head_key, task, rows, config.evaluation.batch_size)
                 found[key] = score(task.metric, predictions_from_logits(task.metric, logits), labels)

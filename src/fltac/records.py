@@ -6,9 +6,13 @@ with anonymous slots, and an adapter's head is keyed by its shape.
 Adapter tensors are named
     ``<module path>.lora_A``  float32 ``[rank, in_features]``
     ``<module path>.lora_B``  float32 ``[out_features, rank]``
+    ``<module path>.base_A``  float32 ``[any rank, in_features]``, only from server to client
+    ``<module path>.base_B``  float32 ``[out_features, the same]``, likewise
     ``head.<key>.weight``     float32 ``[outputs, hidden]``
     ``head.<key>.bias``       float32 ``[outputs]``
-where ``<key>`` is the number of outputs (``2``), or ``<outputs>-<group>`` where the clients were told groups.
+A module's weight with an adapter is ``W + scaling (base_B base_A + lora_B lora_A)``: the base is what earlier rounds
+have put into the frozen weight of this adapter's holders, and is not trained; without one it is zero.
+``<key>`` is the number of outputs (``2``), or ``<outputs>-<group>`` where the clients were told groups.
 """
 
 import re
@@ -35,12 +39,49 @@ LEAST_SURE = 5
 
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
+BASE_A = ".base_A"
+BASE_B = ".base_B"
 HEAD = "head."
 
 
 def is_head(name: str) -> bool:
     """True for ``head.<key>.weight`` and ``head.<key>.bias``."""
     return name.startswith(HEAD)
+
+
+def is_base(name: str) -> bool:
+    """True for ``<module path>.base_A`` and ``<module path>.base_B``."""
+    return name.endswith((BASE_A, BASE_B)) and not is_head(name)
+
+
+def base_of(adapter: Adapter) -> Adapter:
+    """An adapter's frozen part alone."""
+    return {name: tensor for name, tensor in adapter.items() if is_base(name)}
+
+
+def without_base(adapter: Adapter) -> Adapter:
+    """An adapter without its frozen part; the same object where it has none."""
+    if not any(map(is_base, adapter)):
+        return adapter
+    return {name: tensor for name, tensor in adapter.items() if not is_base(name)}
+
+
+def at_rank(adapter: Adapter, rank: int) -> Adapter:
+    """An adapter whose factors are cut to their first rows and columns, or filled up with zeros, to a rank.
+
+    The product of filled-up factors is the same. The same object is returned where the rank is right already.
+    """
+    out = {}
+    for name, tensor in adapter.items():
+        axis = 0 if name.endswith(LORA_A) else 1 if name.endswith(LORA_B) else None
+        if axis is None or is_head(name) or tensor.shape[axis] == rank:
+            out[name] = tensor
+        elif tensor.shape[axis] > rank:
+            out[name] = np.ascontiguousarray(tensor[:rank] if axis == 0 else tensor[:, :rank])
+        else:
+            missing = rank - tensor.shape[axis]
+            out[name] = np.pad(tensor, ((0, missing), (0, 0)) if axis == 0 else ((0, 0), (0, missing)))
+    return adapter if all(out[name] is tensor for name, tensor in adapter.items()) else out
 
 
 def lora_modules(adapter: Adapter) -> list[str]:
@@ -60,10 +101,13 @@ class Presence:
     Attributes:
         client: The client's id.
         heads: For each of its slots, the head keys it uses with their shape (outputs, hidden).
+        keeps_initial: It still has v0 where it was sent it once, so that factors that are never trained need not be
+            sent again.
     """
 
     client: str
     heads: Mapping[int, Mapping[str, tuple[int, int]]]
+    keeps_initial: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,8 +117,10 @@ class Request:
     Attributes:
         round_number: The round, from 1.
         client: The client's id.
-        slots: For each slot the server knows of this client, the cluster whose adapter it continues from.
-        adapters: The clusters' adapters that ``slots`` refers to, each once.
+        slots: For each slot the server knows of this client, which of ``adapters`` it continues from: its cluster's
+            id, or a number of its own where it also holds something of its own.
+        adapters: The adapters that ``slots`` refers to, each once. Factors that are never trained may be left out;
+            they are v0's.
         initial: The first adapter v0 with one head for every head key; None where all that the client's slots
             continue from is in ``adapters``.
         candidates: Clusters, all in ``adapters``, of which the client is to choose one for each of its slots by
@@ -161,6 +207,9 @@ class ServerState:
             summed (the layout belongs to ``server.changes``), or what ``server.bisection`` says; empty for rules
             that keep nothing.
         next_cluster_id: The id that the next new cluster gets.
+        own: For each slot the tensors that are not averaged but its own; empty for rules that average everything.
+        optimizer: For each cluster the server optimizer's moments (the layout belongs to
+            ``server.aggregation.optimizer``); empty without one.
     """
 
     round_number: int
@@ -169,13 +218,18 @@ class ServerState:
     clusters: tuple[Cluster, ...] = ()
     memory: Mapping[SlotKey, Adapter] = field(default_factory=dict)
     next_cluster_id: int = 0
+    own: Mapping[SlotKey, Adapter] = field(default_factory=dict)
+    optimizer: Mapping[int, Adapter] = field(default_factory=dict)
 
     def assignment(self) -> dict[SlotKey, int]:
         """The cluster id of every slot that has one."""
         return {key: cluster.id for cluster in self.clusters for key in cluster.members}
 
     def received(self, key: SlotKey) -> Adapter:
-        """The adapter that a slot would be sent now: its cluster's, or v0 if it has none yet."""
+        """The adapter that a slot continues from: its cluster's, or v0 if it has none yet.
+
+        What it is sent may be cut to its client's rank, or have factors of its own (``server.sending``).
+        """
         for cluster in self.clusters:
             if key in cluster.members:
                 return cluster.adapter
@@ -208,6 +262,8 @@ class RoundReport:
             over that from the next one.
         residuals: Where the server chose K: for each K that it tried, how badly the means of groups predict their
             members.
+        product_error: How far the clusters' products are from the exact means of their members' products, relative
+            (``server.aggregation.error``); None where nothing was averaged or the products are zero.
     """
 
     round_number: int
@@ -217,6 +273,7 @@ class RoundReport:
     k: int | None
     silhouette: float | None
     stale: int = 0
+    product_error: float | None = None
     confidence: Mapping[SlotKey, float] = field(default_factory=dict)
     residuals: Mapping[int, float] | None = None
 

@@ -143,7 +143,7 @@ def test_scores_are_those_of_the_evaluator(both: Both) -> None:
     """For the adapters that each client received; the evaluator's mean is over the clients that hold the task."""
     found, state = both.experiment, both.first_state()
     by_key = {}
-    for request in plan_delivery(state):
+    for request in plan_delivery(state, found.config.server_settings):
         answer = decode_answer(both.node(request.client).answer(encode_score_question(request, "float32")))
         assert isinstance(answer, Scores)
         by_key |= {(answer.client, slot): score for slot, score in answer.slots.items()}

@@ -92,7 +92,9 @@ def test_bytes_are_those_of_the_payloads(finished: Path) -> None:
         up += len(encode_reply(Reply(client.id, updates), "float32"))
     assert [record["bytes"]["up"] for record in rounds] == [up] * 3
     first = sum(len(encode_request(Request(1, name, {}, {}, state.initial), "float32")) for name in experiment.clients)
-    last = sum(len(encode_request(request, "float32")) for request in plan_delivery(state))
+    last = sum(
+        len(encode_request(request, "float32")) for request in plan_delivery(state, experiment.config.server_settings)
+    )
     down = [record["bytes"]["down"] for record in rounds]
     assert down[0] == first
     assert down[2] == pytest.approx(down[1] + last, rel=0.3)

@@ -1,5 +1,6 @@
 """Clustered federated learning against all bipartitions, dense norms and hand-made rounds."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -168,3 +169,12 @@ def test_of_equal_halves_that_without_the_first_leaves() -> None:
     assert smaller_half(np.array([False, True, True])).tolist() == [True, False, False]
     assert smaller_half(np.array([False, True])).tolist() == [False, True]
     assert set(RULES) >= {"cfl", "ifca", "fedlease"}
+
+
+def test_a_latecomer_is_compared_without_the_frozen_part_of_clusters() -> None:
+    flora = ("server.aggregation.rule=flora",)
+    after = play(state("a", "b"), [reply(client, by_b(10)) for client in "ab"], *flora)
+    assert any(".base_" in name for name in after.clusters[0].adapter)
+    grown = replace(after, clients=("a", "b", "late"))
+    done = play(grown, [reply("late", by_b(5))], *flora)
+    assert done.assignment()["late", 0] == 0

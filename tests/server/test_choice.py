@@ -7,7 +7,7 @@ import pytest
 
 from fltac.config import load_config
 from fltac.errors import InputError
-from fltac.records import Cluster, LateReply, Presence, Rejection, Reply, ServerState
+from fltac.records import Cluster, LateReply, Presence, Rejection, Reply, ServerState, Update
 from fltac.server.cohort import admit
 from fltac.server.round import finish_round, init_server, plan_delivery, plan_round
 from server.builders import BODY, HEADS, adapter, reply, server, state, update
@@ -56,7 +56,7 @@ def test_every_client_is_sent_all_clusters_and_no_v0() -> None:
         assert set(request.adapters) == {0, 1, 2}
         assert request.initial is None
     after, _ = finish_round(first, plan_round(first, server(*IFCA)), [chose("a", (2, 5.0))], server(*IFCA))
-    (delivered, _) = plan_delivery(after)
+    (delivered, _) = plan_delivery(after, server(*IFCA))
     assert (delivered.candidates, set(delivered.adapters)) == ((), {2}), "afterwards its own clusters alone"
 
 
@@ -202,3 +202,34 @@ def test_a_coordinator_without_tasks_needs_k_for_rules_that_do(method: str, need
             load_config(tree)
     else:
         assert load_config(tree).server.clustering.k is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("method=ifca", "server.aggregation.rule=fedsa"), "got 'fedsa', with which each slot has a B of its own"),
+        (("server.clustering.assign=loss", "server.aggregation.rule=fedsa"), "all others can"),
+        (("method=ifca", "server.aggregation.rule=ffa"), "got 'ffa', which keeps the A of v0"),
+        (("method=ifca", "server.clustering.k=auto"), "got auto, but rule ifca needs a number"),
+    ],
+)
+def test_what_cannot_be_combined_with_a_choice_by_loss(overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        server(*overrides)
+
+
+def test_a_client_chooses_among_adapters_of_its_rank() -> None:
+    body = {"m.lora_A": (3, 4), "m.lora_B": (5, 3)}
+    settings = server(*IFCA, "lora.rank=3", "lora.ranks={a: 1}", "server.aggregation.rule=hetlora")
+    first = init_server(settings, body, HEADS, ["a", "b"])
+    small, whole = plan_round(first, settings)
+    for cluster in first.clusters:
+        np.testing.assert_array_equal(small.adapters[cluster.id]["m.lora_A"], cluster.adapter["m.lora_A"][:1])
+        assert whole.adapters[cluster.id] is cluster.adapter
+    replies = [
+        Reply(request.client, (Update(request.client, 0, request.adapters[1], 1, cluster=1),))
+        for request in (small, whole)
+    ]
+    after, report = finish_round(first, [small, whole], replies, settings)
+    assert report.rejections == ()
+    assert after.assignment() == {("a", 0): 1, ("b", 0): 1}

@@ -91,7 +91,7 @@ def test_the_cohort_is_drawn_among_those_who_are_there_and_never_below_the_quoru
     for number in range(10):
         (request,) = plan_round(ServerState(number, before.initial, before.clients), settings, present)
         assert request.client in ("b", "d")
-    assert [request.client for request in plan_delivery(before, present)] == ["b", "d"]
+    assert [request.client for request in plan_delivery(before, settings, present)] == ["b", "d"]
 
 
 def test_fewer_replies_than_the_quorum_change_nothing() -> None:

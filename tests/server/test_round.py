@@ -163,7 +163,7 @@ def test_requests_bring_each_adapter_once_and_v0_only_to_newcomers() -> None:
     assert one.initial is None
     assert other.slots == {}
     assert other.initial is first.initial
-    assert plan_delivery(after)[0].adapters[0] is after.clusters[0].adapter
+    assert plan_delivery(after, settings)[0].adapters[0] is after.clusters[0].adapter
 
 
 def test_cohorts_are_seeded_and_everybodys_turn_comes() -> None:

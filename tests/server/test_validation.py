@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from fltac.records import Rejection, Reply
-from fltac.server.validation import LARGEST, Expected, accept_updates, update_fault
-from server.builders import adapter, reply, state, update
+from fltac.server.validation import LARGEST, Expectations, Expected, accept_updates, update_fault
+from server.builders import adapter, reply, server, state, update
 
 INITIAL = state("a", "b").initial
+EXPECTED = Expectations(INITIAL, server(), 1)
 GOOD = adapter(1.0, 2.0, 3.0)
 
 
@@ -44,7 +45,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_upload_is_named_and_the_others_are_used(fault: str) -> None:
     tensors, reason = FAULTS[fault]
-    updates, rejections = accept_updates([reply("b", GOOD), reply("a", GOOD, tensors)], ["a", "b"], INITIAL)
+    updates, rejections = accept_updates([reply("b", GOOD), reply("a", GOOD, tensors)], ["a", "b"], EXPECTED)
     assert [item.key for item in updates] == [("a", 0), ("b", 0)]
     assert rejections == [Rejection("a", 1, reason)]
 
@@ -68,7 +69,7 @@ def test_faults_beside_the_tensors(item: object, reason: str) -> None:
 
 def test_clients_that_fail_are_silent_or_were_not_asked() -> None:
     replies = [Reply("a", error="out of memory"), reply("x", GOOD), reply("c", GOOD), reply("c", adapter(9, 9))]
-    updates, rejections = accept_updates(replies, ["a", "b", "c"], INITIAL)
+    updates, rejections = accept_updates(replies, ["a", "b", "c"], EXPECTED)
     assert [item.client for item in updates] == ["c"]
     assert updates[0].adapter is GOOD
     assert set(rejections) == {
@@ -81,7 +82,7 @@ def test_clients_that_fail_are_silent_or_were_not_asked() -> None:
 
 def test_the_order_of_replies_does_not_matter() -> None:
     replies = [reply("a", GOOD, GOOD), reply("b", GOOD)]
-    one, other = accept_updates(replies, ["a", "b"], INITIAL), accept_updates(replies[::-1], ["b", "a"], INITIAL)
+    one, other = accept_updates(replies, ["a", "b"], EXPECTED), accept_updates(replies[::-1], ["b", "a"], EXPECTED)
     assert [item.key for item in one[0]] == [item.key for item in other[0]] == [("a", 0), ("a", 1), ("b", 0)]
 
 

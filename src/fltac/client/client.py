@@ -11,7 +11,7 @@ from fltac.client.batches import BatchKey, hold_back, make_batches
 from fltac.client.training import Step, Trained, TrainJob
 from fltac.config import Config, TrainingConfig
 from fltac.data.encoded import EncodedTask
-from fltac.records import HEAD, Adapter, Reply, Request, Update
+from fltac.records import HEAD, LORA_A, Adapter, Reply, Request, Update, at_rank, is_head
 from fltac.seeding import derive, generator
 
 
@@ -68,11 +68,14 @@ def start_adapter(request: Request, slot: int, heads: Sequence[str], initial: Ad
         request: From the server.
         slot: The slot.
         heads: The head keys that its tasks use; other heads are left out. A head that the cluster's adapter lacks
-            is taken from v0.
+            is taken from v0, and so are factors that it lacks since they are never trained.
         initial: v0, from this request or kept from an earlier one.
     """
     cluster = request.slots.get(slot)
     received = initial if cluster is None else request.adapters[cluster]
+    if cluster is not None:
+        constant = {name: tensor for name, tensor in initial.items() if not is_head(name) and name not in received}
+        received = {**received, **constant}
     names = [f"{HEAD}{key}.{part}" for key in sorted(set(heads)) for part in ("weight", "bias")]
     body = {name: tensor for name, tensor in received.items() if not name.startswith(HEAD)}
     return body | {name: received[name] if name in received else initial[name] for name in names}
@@ -84,6 +87,7 @@ def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config
     seed, number = config.federation.seed, request.round_number
     for slot, tasks in sorted(client.slots.items()):
         start = start_adapter(request, slot, [task.head_key for task in tasks], initial)
+        start = at_rank(start, config.lora.rank_of(client.id))
         jobs.append(
             TrainJob(
                 client=client.id,
@@ -92,6 +96,7 @@ def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config
                 steps=_steps(client.id, slot, tasks, number, config),
                 examples=sum(len(task.rows) for task in tasks),
                 dropout_seed=derive(seed, "dropout", number, client.id, slot),
+                frozen=config.server.aggregation.frozen(number),
             )
         )
     return jobs
@@ -109,14 +114,21 @@ def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64
 
 
 def reply_of(client: Client, trained: Sequence[Trained], request: Request | None = None) -> Reply:
-    """The upload of all of a client's slots; with the clusters that they chose, where a request let them choose."""
+    """The upload of all of a client's slots: of each what was trained, at the rank that it was sent.
+
+    With the clusters that the slots chose, where a request let them choose.
+    """
     chosen = request.slots if request is not None and request.candidates else {}
     updates = tuple(
-        Update(client.id, job.slot, result.adapter, job.examples, chosen.get(job.slot))
-        for result in trained
-        for job in [result.job]
+        Update(client.id, one.job.slot, _uploaded(one), one.job.examples, chosen.get(one.job.slot)) for one in trained
     )
     return Reply(client.id, updates)
+
+
+def _uploaded(trained: Trained) -> Adapter:
+    ranks = {len(tensor) for name, tensor in trained.job.start.items() if name.endswith(LORA_A)}
+    kept = {name: tensor for name, tensor in trained.adapter.items() if not trained.job.freezes(name)}
+    return at_rank(kept, ranks.pop()) if ranks else kept
 
 
 def _steps(client: str, slot: int, tasks: Sequence[LocalTask], number: int, config: Config) -> list[Step]:

@@ -40,14 +40,18 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
 class LaneOptimizer:
     """The optimizer of several adapters, each at a step of its own."""
 
-    def __init__(self, config: TrainingConfig, received: Tensor, steps: Sequence[int]) -> None:
+    def __init__(
+        self, config: TrainingConfig, received: Tensor, steps: Sequence[int], frozen: Tensor | None = None
+    ) -> None:
         """Prepares moments for all adapters.
 
         Args:
             config: The ``training`` section.
             received: ``[adapters, width]``, the values before the first step.
             steps: Each adapter's number of steps in this round.
+            frozen: Columns that are not trained, int64; they enter no norm.
         """
+        self.frozen = frozen
         self.config = config
         self.steps = steps
         self.done = [0] * len(steps)
@@ -65,6 +69,9 @@ class LaneOptimizer:
             gradients: The same shape.
         """
         config, w, g, rows = self.config, values, gradients, list(numbers)
+        kept = None if self.frozen is None else w[:, self.frozen]
+        if self.frozen is not None:
+            g[:, self.frozen] = 0.0
         if config.prox:
             g.add_(w - self.received[rows], alpha=config.prox)
         if config.clip_norm is not None:
@@ -75,6 +82,8 @@ class LaneOptimizer:
             self._adamw(w, g, rate, rows)
         else:
             self._sgd(w, g, rate, rows)
+        if kept is not None:
+            w[:, self.frozen] = kept  # Weight decay has moved it.
         g.zero_()
         for row in rows:
             self.done[row] += 1

@@ -25,7 +25,7 @@ from fltac.config.sections import Loss
 from fltac.data.encoded import EncodedTask, Split
 from fltac.model.lanes import LaneModel
 from fltac.model.prefix import RowKey
-from fltac.records import Adapter
+from fltac.records import Adapter, is_head
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class TrainJob:
     steps: Sequence[Step]
     examples: int
     dropout_seed: int
+    frozen: str | None = None
+    """The ending of the names of factors that are not trained."""
+
+    def freezes(self, name: str) -> bool:
+        """Whether a tensor stays as it is."""
+        return self.frozen is not None and name.endswith(self.frozen) and not is_head(name)
 
     @property
     def rows(self) -> int:
@@ -189,7 +195,8 @@ def train_pool(
     """Trains jobs (of one batch size, where rows are padded) through common passes; returns results in their order."""
     passes = plan_passes([job.packed_sizes if plan.packed else job.padded_sizes for job in pool], plan)
     model.load([job.start for job in pool], max(map(len, passes)))
-    optimizer = LaneOptimizer(config, model.rows(), [len(job.steps) for job in pool])
+    frozen = model.columns(pool[0].freezes)  # The same for all jobs of a round.
+    optimizer = LaneOptimizer(config, model.rows(), [len(job.steps) for job in pool], frozen)
     generators = [torch.Generator().manual_seed(job.dropout_seed) for job in pool]
     model.lanes.dropout = dropout
     sums = torch.zeros(len(pool), dtype=torch.float32, device=model.values.device)

@@ -1,11 +1,11 @@
 """The typed configuration of a run, unknown keys refused with the nearest valid name."""
 
+from fltac.config.aggregation import AggregationConfig
+from fltac.config.clustering import ClusteringConfig
 from fltac.config.loading import load_config, parse_override, read_yaml, to_yaml
 from fltac.config.presets import PRESETS
 from fltac.config.sections import (
-    AggregationConfig,
     BackboneConfig,
-    ClusteringConfig,
     Config,
     EvaluationConfig,
     FederationConfig,

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fltac.config.presets import PRESETS, Tree, merge
-from fltac.config.sections import Config, Section
+from fltac.config.section import Section
+from fltac.config.sections import Config
 from fltac.errors import InputError
 
 S = TypeVar("S", bound=Section)

@@ -7,7 +7,7 @@ Tree = dict[str, Any]
 
 OWNED: Tree = {
     "federation": {"pool": "none"},
-    "training": {"adapters": "per-task", "heads": "per-shape", "trainable": "lora"},
+    "training": {"adapters": "per-task", "heads": "per-shape", "trainable": "lora", "prox": 0.0},
     "server": {
         "clustering": {
             "rule": "spectral",
@@ -18,7 +18,7 @@ OWNED: Tree = {
             "assignment_loss": "plain",
             "held_back": 0.0,
         },
-        "aggregation": {"rule": "mean", "weighting": "examples"},
+        "aggregation": {"rule": "mean", "weighting": "examples", "optimizer": "none"},
     },
 }
 """The settings that make a method. Every preset sets all of them, so that nothing of another method is left over."""
@@ -33,6 +33,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return out
 
 
+def _shared(**aggregation: str) -> Tree:
+    """One adapter for everybody, as FedIT, with other rules of aggregation."""
+    return {
+        "training": {"adapters": "shared"},
+        "server": {"clustering": {"rule": "single"}, "aggregation": aggregation},
+    }
+
+
 _OWN: dict[str, Tree] = {
     # The best default known so far.
     "fltac": {},
@@ -44,12 +52,23 @@ _OWN: dict[str, Tree] = {
         }
     },
     # FedIT (arXiv 2305.05644): one shared adapter, one head per shape.
-    "fedit": {"training": {"adapters": "shared"}, "server": {"clustering": {"rule": "single"}}},
+    "fedit": _shared(),
     # The same, told the tasks: one head per task.
     "fedit-heads": {
         "training": {"adapters": "shared", "heads": "per-task"},
         "server": {"clustering": {"rule": "single"}},
     },
+    # Published federated methods with one shared adapter, by their rule of aggregation or optimization.
+    "ffa-lora": _shared(rule="ffa"),
+    "rolora": _shared(rule="rolora"),
+    "fedsa-lora": _shared(rule="fedsa"),
+    "hetlora": _shared(rule="hetlora", weighting="uniform"),
+    "flexlora": _shared(rule="flexlora"),
+    "flora": _shared(rule="flora"),
+    "fedex-lora": _shared(rule="fedex", weighting="uniform"),
+    "fedprox": merge(_shared(), {"training": {"prox": 0.01}}),
+    "fedavgm": _shared(optimizer="fedavgm"),
+    "fedadam": _shared(optimizer="fedadam"),
     # Every slot trains alone.
     "local": {"server": {"clustering": {"rule": "none"}}},
     # Averages by true task.

@@ -1,16 +1,16 @@
 """The typed configuration: one record per section, every key documented."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+from fltac.config.aggregation import AggregationConfig, aggregation_fault
+from fltac.config.clustering import ClusteringConfig, clustering_fault
+from fltac.config.section import Positive, Section
+
 Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 ClientSkew = Literal["none", "labels", "length"]
@@ -111,6 +111,9 @@ class LoraConfig(Section):
     """Names of the adapted modules, matched at the end of their path; default: query and value projections."""
     layers: list[int] | None = None
     """Indices of the adapted layers; default: all."""
+    ranks: dict[str, Positive] = Field(default_factory=dict)
+    """Ranks of clients (by id) that train fewer than ``rank``; for the rules of aggregation that can mix ranks. The
+    factor in front of B A stays that of ``rank``."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732) instead of alpha / rank."""
 
@@ -118,6 +121,10 @@ class LoraConfig(Section):
     def scaling(self) -> float:
         """The factor in front of B A."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+    def rank_of(self, client: str) -> int:
+        """The rank that a client trains."""
+        return self.ranks.get(client, self.rank)
 
 
 class TrainingConfig(Section):
@@ -180,65 +187,6 @@ class TrainingConfig(Section):
         return self
 
 
-class ClusteringConfig(Section):
-    """How the server groups the uploads."""
-
-    rule: Literal["kmeans", "spectral", "single", "none", "given", "random", "ifca", "cfl", "fedlease"] = "spectral"
-    """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the top-K
-    eigenvectors of a similarity kernel; ``single``: one group; ``none``: every slot alone; ``given``: opaque
-    group numbers from outside (the oracle); ``random``: a random group; ``ifca``: clients choose by loss
-    (arXiv 2006.04088); ``cfl``: clusters are bisected (arXiv 1910.01991); ``fedlease``: once, by the cosine of B
-    (arXiv 2509.15087)."""
-    k: Positive | Literal["auto"] | None = None
-    """Number of clusters; default: the number of tasks. ``auto`` (``spectral``): as many as the uploads support, by
-    how well the means of groups found in some of the adapted matrices predict their members in the others; with
-    ``cannot_link`` at least as many as one client has slots. ``cfl`` needs none; ``fedlease`` takes the best
-    silhouette where it is not given."""
-    head: bool = True
-    """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
-    cannot_link: bool = True
-    """Slots of one client fall into different clusters."""
-    memory: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added."""
-    starts: Positive = 20
-    """Number of seeded starts of K-means; the best objective wins."""
-    hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
-    with ``k: auto`` another K the error of its prediction) by more than this share."""
-    assign: Literal["uploads", "loss"] = "uploads"
-    """``loss``: with ``kmeans`` and ``spectral``, from the round ``assign_from`` on clients choose among the clusters'
-    adapters by the loss on their own rows, as with ``ifca``."""
-    assign_from: Annotated[int, Field(ge=2)] = 2
-    """The first round in which ``assign: loss`` holds."""
-    assignment_rows: Positive = 64
-    """Rows of each task that a client scores the clusters' adapters on."""
-    assignment_loss: Literal["plain", "balanced"] = "plain"
-    """The mean over these rows, or over the means of the classes that occur among them."""
-    held_back: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of a task's training rows that a client scores on and never trains on; 0: it scores on training rows."""
-    spread: Annotated[float, Field(ge=0)] = 0.02
-    """``ifca``: standard deviation of the first B of each cluster; with 0 all bodies begin as the same function."""
-    eps1: Annotated[float, Field(ge=0)] = 0.1
-    """``cfl``: a cluster may be split once the norm of its mean update is below this share of the largest it had."""
-    eps2: Annotated[float, Field(ge=0)] = 0.4
-    """``cfl``: and while a member's update has a norm above this share of the same largest mean."""
-    k_max: Positive = 8
-    """``fedlease``: the most clusters that the silhouette chooses from."""
-
-    def by_loss(self, round_number: int) -> bool:
-        """Whether clients choose their clusters in a round."""
-        return self.rule == "ifca" or (self.assign == "loss" and round_number >= self.assign_from)
-
-
-class AggregationConfig(Section):
-    """How the members of a cluster become one adapter."""
-
-    rule: Literal["mean"] = "mean"
-    """``mean``: of the factors, tensor by tensor (FedIT, arXiv 2305.05644)."""
-    weighting: Literal["examples", "uniform"] = "examples"
-    """``examples``: by data size (Eq. 2 of the paper); ``uniform``: unweighted (its Algorithm 3)."""
-
-
 class ServerConfig(Section):
     seed: int | None = None
     """Of the server's own random choices (cohorts, v0, clustering); default: ``federation.seed``."""
@@ -258,6 +206,7 @@ class ServerSettings:
         k: Number of clusters; None where the server estimates it.
         clustering: How uploads are grouped.
         aggregation: How a group becomes one adapter.
+        ranks: Of clients that train a smaller rank than the clusters' adapters have, by id.
     """
 
     seed: int
@@ -267,6 +216,7 @@ class ServerSettings:
     k: int | None
     clustering: ClusteringConfig
     aggregation: AggregationConfig
+    ranks: Mapping[str, int]
 
 
 class WireConfig(Section):
@@ -336,22 +286,18 @@ class Config(Section):
             raise ValueError("federation.pool needs training.adapters=per-task")
         if self.federation.partition.rule == "table" and not self.federation.partition.table:
             raise ValueError("federation.partition.rule=table needs federation.partition.table")
-        if grouping.k == "auto" and grouping.rule in ("kmeans", "random", "ifca"):
-            raise ValueError(
-                f"server.clustering.k: got auto, but rule {grouping.rule} needs a number; allowed with spectral"
-            )
-        if grouping.assign == "loss" and grouping.rule not in ("kmeans", "spectral"):
-            raise ValueError(
-                f"server.clustering.assign: got 'loss' with rule={grouping.rule}; allowed with kmeans and spectral"
-            )
-        if grouping.held_back and grouping.rule != "ifca" and grouping.assign != "loss":
-            raise ValueError("server.clustering.held_back needs rule=ifca or assign=loss, which score these rows")
-        if self.pooled and (grouping.rule == "ifca" or grouping.assign == "loss"):
-            raise ValueError("federation.pool: there is nothing to choose by loss (rule=ifca, assign=loss)")
         if self.federation.quorum > self.federation.clients:
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
             )
+        fault = clustering_fault(grouping, self.server.aggregation.rule, self.pooled)
+        if fault is not None:
+            raise ValueError(fault)
+        fault = aggregation_fault(self.server.aggregation, self.lora.rank, self.lora.ranks, self.training.trainable)
+        if fault is not None:
+            raise ValueError(fault)
+        if self.lora.ranks and self.pooled:
+            raise ValueError("lora.ranks: there are no clients to have them with federation.pool")
         return self
 
     @property
@@ -371,6 +317,7 @@ class Config(Section):
             k=self.clusters,
             clustering=self.server.clustering,
             aggregation=self.server.aggregation,
+            ranks=self.lora.ranks,
         )
 
     @property

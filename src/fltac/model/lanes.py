@@ -5,7 +5,7 @@ The layers look into a second, smaller matrix with a row for each lane of the pa
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from fltac.model.backbone import Backbone, pooled
 from fltac.model.first_token import Cut
-from fltac.model.lora import LanePass, attach, detached
+from fltac.model.lora import Base, LanePass, attach, detached
 from fltac.model.packed_pass import pooled_packed
 from fltac.model.packing import PackedBatch, pack
 from fltac.model.prefix import Prefix, RowKey
-from fltac.records import HEAD, LORA_A, LORA_B, Adapter
+from fltac.records import BASE_A, BASE_B, HEAD, LORA_A, LORA_B, Adapter
 
 Shape = tuple[int, ...]
 Batch = Mapping[str, Tensor] | PackedBatch
@@ -105,6 +105,7 @@ class LaneModel:
         self._body = layout(self.body_shapes)
         self._body_width = max((part.stop for part in self._body.values()), default=0)
         self._heads: list[dict[str, Slice]] = []
+        self._bases: list[dict[str, Base]] = []
         self._all = torch.empty(0, 0, dtype=dtype)
         self.values = self._all
         self.gradients = self._all
@@ -127,10 +128,12 @@ class LaneModel:
         """Takes adapters in, replacing all there were, and puts the first ones into the pass.
 
         Args:
-            adapters: Each with the whole body; they may hold different heads.
+            adapters: Each with the whole body, perhaps of smaller rank (filled up with zeros, which training leaves at
+                zero); they may hold different heads, and bases.
             lanes: The most that are in a pass together; default: all.
         """
         self._heads = []
+        self._bases = self._read_bases(adapters)
         width = self._body_width
         for adapter in adapters:
             shapes = {name: tensor.shape for name, tensor in adapter.items() if name.startswith(HEAD)}
@@ -144,7 +147,8 @@ class LaneModel:
                 value = torch.from_numpy(np.asarray(adapter[name])).to(self._all)
                 if name.endswith(DELTA):
                     value = value + self._frozen[name.removesuffix(DELTA)].to(self._all)
-                self._all[number, part.start : part.stop] = value.flatten()
+                place = self._all[number, part.start : part.stop].view(part.shape)
+                place[tuple(map(slice, value.shape))] = value
         count = min(lanes or len(adapters), len(adapters))
         self.values = torch.zeros(count, width, dtype=self.dtype, device=device)
         self.gradients = torch.zeros_like(self.values)
@@ -165,6 +169,16 @@ class LaneModel:
             {name: self._leaf(lane, part) for name, part in self._heads[number].items()}
             for lane, number in enumerate(chosen)
         ]
+        for path, layer in self.layers.items():
+            own = [self._bases[number].get(path) for number in chosen]
+            layer.bases = own if any(base is not None for base in own) else ()
+
+    def columns(self, chosen: Callable[[str], bool]) -> Tensor | None:
+        """The columns of the body's tensors with such names, int64; None where there are none."""
+        parts = [part for name, part in self._body.items() if chosen(name)]
+        if not parts:
+            return None
+        return torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(self.backbone.device)
 
     @torch.no_grad()
     def rows(self) -> Tensor:
@@ -241,6 +255,24 @@ class LaneModel:
     def parts(self, number: int) -> dict[str, Slice]:
         """Where an adapter's tensors lie in its row."""
         return {**self._body, **self._heads[number]}
+
+    def _read_bases(self, adapters: Sequence[Adapter]) -> list[dict[str, Base]]:
+        """Each adapter's bases by module path; tensors that adapters share are held once."""
+        held: dict[int, Tensor] = {}
+
+        def tensor(array: NDArray[np.float32]) -> Tensor:
+            if id(array) not in held:
+                held[id(array)] = torch.tensor(array, dtype=self.backbone.model.dtype, device=self.backbone.device)
+            return held[id(array)]
+
+        return [
+            {
+                path: (tensor(adapter[path + BASE_B]), tensor(adapter[path + BASE_A]))
+                for path in self.layers
+                if path + BASE_A in adapter
+            }
+            for adapter in adapters
+        ]
 
     def _store(self) -> None:
         if self.in_pass:

@@ -41,11 +41,18 @@ class LanePass:
     packed: PackedRows | None = None
 
 
+Base = tuple[Tensor, Tensor]
+"""What is added to a frozen weight for one adapter: B ``[out, any rank]`` and A ``[the same, in]``."""
+
+
 class LaneLinear(nn.Module):
     """A frozen linear layer with G low-rank adapters.
 
-    ``lora_A`` ``[G, rank, in]`` and ``lora_B`` ``[G, out, rank]`` are set from outside (``model.lanes``).
+    ``lora_A`` ``[G, rank, in]`` and ``lora_B`` ``[G, out, rank]`` are set from outside (``model.lanes``), and so are
+    ``bases``, one for each lane or none at all.
     """
+
+    bases: Sequence[Base | None] = ()
 
     lora_A: Tensor
     lora_B: Tensor
@@ -70,6 +77,8 @@ class LaneLinear(nn.Module):
         active = self.lanes.active
         if not active:
             return out
+        if self.bases:
+            out = self._with_bases(x, out)
         if self.lanes.packed is not None:
             h = x.reshape(-1, self.in_features)
             if self.lanes.dropout:
@@ -87,6 +96,20 @@ class LaneLinear(nn.Module):
             low = torch.bmm(h, a.transpose(1, 2)) * self.scaling  # [G, tokens, rank]
             delta = torch.bmm(low, b.transpose(1, 2))  # [G, tokens, out]
         return out + delta.view(out.shape)
+
+    def _with_bases(self, x: Tensor, out: Tensor) -> Tensor:
+        """Adds each lane's own frozen product, which dropout does not touch since it stands for part of the weight."""
+        h, flat = x.reshape(-1, self.in_features), out.reshape(-1, out.shape[-1])
+        packed, active = self.lanes.packed, self.lanes.active
+        sizes = [len(h) // active] * active if packed is None else list(packed.lane_tokens)
+        parts = []
+        for part, base in zip(torch.split(h, sizes), self.bases, strict=False):
+            if base is None:
+                parts.append(flat.new_zeros(len(part), flat.shape[1]))
+            else:
+                b, a = base
+                parts.append(F.linear(F.linear(part, a.to(part.dtype)), b.to(part.dtype)) * self.scaling)
+        return out + torch.cat(parts).view(out.shape)
 
     def _dropped(self, x: Tensor, active: int) -> Tensor:
         """``x`` with each lane's own mask, drawn at the lane's own length and scaled to keep the mean."""

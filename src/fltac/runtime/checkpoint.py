@@ -27,7 +27,7 @@ from fltac.runtime.atomic import TEMPORARY, sync_folder, to_json, write_new
 FOLDER = "checkpoints"
 TENSORS = "state.safetensors"
 TEXT = "state.json"
-FORMAT = 2
+FORMAT = 3
 REPLACED = ".replaced"
 """Suffix of a checkpoint that is being written again, for the moment between the two renames."""
 
@@ -134,6 +134,14 @@ def _flatten(state: ServerState) -> tuple[Tensors, dict[str, object]]:
             {"client": client, "slot": slot, "tensors": store(f"memory/{index}", adapter)}
             for index, ((client, slot), adapter) in enumerate(state.memory.items())
         ],
+        "own": [
+            {"client": client, "slot": slot, "tensors": store(f"own/{index}", adapter)}
+            for index, ((client, slot), adapter) in enumerate(state.own.items())
+        ],
+        "optimizer": [
+            {"id": number, "tensors": store(f"optimizer/{number}", moments)}
+            for number, moments in state.optimizer.items()
+        ],
     }
     return tensors, content
 
@@ -159,6 +167,8 @@ def _unflatten(tensors: Tensors, content: Mapping[str, Any]) -> ServerState:
             for index, m in enumerate(content["memory"])
         },
         next_cluster_id=content["next_cluster_id"],
+        own={(o["client"], o["slot"]): fetch(f"own/{index}", o["tensors"]) for index, o in enumerate(content["own"])},
+        optimizer={o["id"]: fetch(f"optimizer/{o['id']}", o["tensors"]) for o in content["optimizer"]},
     )
 
 

@@ -133,7 +133,7 @@ def _run(
         if not last and not (every and report.round_number % every == 0):
             return {**nobody, "clustering": clustering}
         if not last:  # After the last round the loop has had everything delivered.
-            federation.deliver(plan_delivery(state, federation.there))
+            federation.deliver(plan_delivery(state, config.server_settings, federation.there))
         on_nodes = slot_scores(federation.scores)
         on_public = public_scores(experiment, state, None if last else config.evaluation.max_rows)
         scores = [task["score"] for task in on_public.values()]

@@ -153,7 +153,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         clustering = clustering_record(state, report, experiment.holdings)
         return {"tasks": None, "mean_score": None, "clustering": clustering}
 
-    simulation = Simulation(experiment.clients, model, config, passes, meter.on_pass)
+    simulation = Simulation(experiment.clients, model, config, passes, meter.on_pass, state.initial)
     keep = keeper(directory, progress)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
     for line in truncation_lines(experiment):

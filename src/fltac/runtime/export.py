@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fltac.errors import InputError
 from fltac.model.lora import detached
+from fltac.model.merging import merged
 from fltac.model.peft_format import CardFacts, export_adapter
 from fltac.records import HEAD, Adapter, Cluster, ServerState, head_keys
 from fltac.runtime.setup import Experiment
@@ -56,9 +57,9 @@ def export_clusters(experiment: Experiment, state: ServerState, out: Path) -> li
                     max_length=max_length,
                     tasks={task: (count, experiment.tasks[task].label_names) for task, count in held.items()},
                 )
-                adapter = _with_one_head(clusters[number].adapter, key)
+                adapter, lora = merged(_with_one_head(clusters[number].adapter, key), config.lora)
                 backbone, targets = experiment.backbone, list(experiment.modules)
-                export_adapter(out / name, adapter, key, backbone, config.lora, targets, card)
+                export_adapter(out / name, adapter, key, backbone, lora, targets, card)
                 folders.append(out / name)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from error

@@ -45,7 +45,8 @@ def as_sent(state: ServerState, config: Config) -> ServerState:
         return decode_adapter(encode_adapter(adapter, config.wire_dtype))
 
     clusters = tuple(replace(cluster, adapter=rounded(cluster.adapter)) for cluster in state.clusters)
-    return replace(state, initial=rounded(state.initial), clusters=clusters)
+    own = {key: rounded(tensors) for key, tensors in state.own.items()}
+    return replace(state, initial=rounded(state.initial), clusters=clusters, own=own)
 
 
 class Runtime(Protocol):
@@ -114,7 +115,7 @@ def federate(
         state, report = finish_round(state, requests, exchange.replies, settings, groups, exchange.late)
         state = as_sent(state, config)
         served = time.perf_counter()
-        delivered = runtime.deliver(plan_delivery(state, present))[1] if last else 0
+        delivered = runtime.deliver(plan_delivery(state, settings, present))[1] if last else 0
         judged = judge(state, report, last)
         sent = config.communicates
         record = {
@@ -124,6 +125,7 @@ def federate(
             "rejected": len(report.rejections),
             **({"stale": report.stale} if exchange.late else {}),
             **judged,
+            "aggregation": {"product_error": report.product_error},
             "bytes": {
                 "up": exchange.up_bytes if sent else 0,
                 "down": exchange.down_bytes + delivered if sent else 0,

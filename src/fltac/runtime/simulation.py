@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Simulation:
         config: The run's configuration.
         plan: How large a pass may be; its adapters may belong to different clients.
         on_pass: Called after each pass.
+        initial: v0, which clients keep once they were sent it.
     """
 
     clients: Mapping[str, Client]
@@ -37,6 +38,7 @@ class Simulation:
     config: Config
     plan: LanePlan
     on_pass: OnPass = no_report
+    initial: Adapter = field(default_factory=dict)
 
     def present(self) -> list[Presence]:
         """Everybody, always."""
@@ -48,6 +50,7 @@ class Simulation:
                     slot: {local.head_key: (local.task.outputs, hidden) for local in own}
                     for slot, own in client.slots.items()
                 },
+                keeps_initial=True,
             )
             for _, client in sorted(self.clients.items())
         ]
@@ -61,14 +64,14 @@ class Simulation:
         start = time.perf_counter()
         delivered, down_bytes = self.deliver(requests)
         received = [
-            choose(self.model, self.clients[request.client], request, request.initial or {}, self.config)
+            choose(self.model, self.clients[request.client], request, request.initial or self.initial, self.config)
             for request in delivered
         ]
         answered = {request.client: request for request in received}
         jobs = [
             job
             for request in received
-            for job in plan_jobs(self.clients[request.client], request, request.initial or {}, self.config)
+            for job in plan_jobs(self.clients[request.client], request, request.initial or self.initial, self.config)
         ]
         asked = Counter(job.client for job in jobs)
         done: dict[str, list[Trained]] = {client: [] for client in asked}

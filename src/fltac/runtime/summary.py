@@ -102,9 +102,11 @@ def _slot_steps(experiment: Experiment) -> int:
 
 
 def _trainable_parameters(experiment: Experiment) -> dict[str, int]:
-    """Parameters of one slot's adapter, by the shapes of the heads it holds."""
-    body = experiment.model.body_shapes.values()
-    size = sum(prod(shape) for shape in body)
+    """Parameters of one slot's adapter, by the shapes of the heads it holds; without factors that are never trained."""
+    aggregation = experiment.config.server.aggregation
+    never = aggregation.frozen(1) if aggregation.frozen(1) == aggregation.frozen(2) else None
+    body = experiment.model.body_shapes.items()
+    size = sum(prod(shape) for name, shape in body if never is None or not name.endswith(never))
     out = {}
     for client in experiment.clients.values():
         for locals_ in client.slots.values():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import squareform
 
 from fltac.config import ClusteringConfig, ServerSettings
-from fltac.records import Adapter, Cluster, ServerState, is_head
+from fltac.records import Adapter, Cluster, ServerState, is_base, is_head
 from fltac.server.aggregation import weights_of
 from fltac.server.grouping import Evidence, Grouping
 
@@ -112,7 +112,8 @@ def inner_products(adapters: Sequence[Adapter], bases: Sequence[Adapter], initia
         float64 ``[n, n]``; a tensor that one of a pair lacks counts as zeros.
     """
     out = np.zeros((len(adapters), len(adapters)))
-    for name in sorted({name for adapter in adapters for name in adapter if head or not is_head(name)}):
+    names = {name for adapter in adapters for name in adapter if not is_base(name)}
+    for name in sorted(name for name in names if head or not is_head(name)):
         rows = [row for row, adapter in enumerate(adapters) if name in adapter]
         values = np.stack(
             [(adapters[row][name] - bases[row].get(name, initial[name])).ravel() for row in rows], dtype=np.float64

@@ -3,28 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from fltac.config import ServerSettings
-from fltac.records import FloatArray, Presence, ServerState, SlotKey
+from fltac.records import Presence, ServerState, SlotKey
 from fltac.seeding import generator
-
-HEAD_DEVIATION = 0.02
-"""Of a head's first weights, as transformers draws a classifier's."""
-
-
-def first_head(key: str, shape: tuple[int, int], draw: np.random.Generator) -> dict[str, FloatArray]:
-    """A head's first tensors: weights from N(0, 0.02^2), biases zero.
-
-    Args:
-        key: The head key.
-        shape: (outputs, hidden).
-        draw: Where the weights come from.
-    """
-    return {
-        f"head.{key}.weight": draw.normal(0.0, HEAD_DEVIATION, shape).astype(np.float32),
-        f"head.{key}.bias": np.zeros(shape[0], dtype=np.float32),
-    }
+from fltac.server.first import first_head
 
 
 def admit(state: ServerState, present: Sequence[Presence], settings: ServerSettings) -> ServerState:
@@ -57,6 +39,7 @@ def admit(state: ServerState, present: Sequence[Presence], settings: ServerSetti
             for cluster in state.clusters
         ),
         memory={key: learned for key, learned in state.memory.items() if key not in gone},
+        own={key: tensors for key, tensors in state.own.items() if key not in gone},
     )
 
 

@@ -7,7 +7,45 @@ import numpy as np
 from fltac.config import ServerSettings
 from fltac.records import LORA_A, LORA_B, Cluster, FloatArray
 from fltac.seeding import generator
-from fltac.server.cohort import first_head
+
+HEAD_DEVIATION = 0.02
+"""Of a head's first weights, as transformers draws a classifier's."""
+
+
+def first_head(key: str, shape: tuple[int, int], draw: np.random.Generator) -> dict[str, FloatArray]:
+    """A head's first tensors: weights from N(0, 0.02^2), biases zero.
+
+    Args:
+        key: The head key.
+        shape: (outputs, hidden).
+        draw: Where the weights come from.
+    """
+    return {
+        f"head.{key}.weight": draw.normal(0.0, HEAD_DEVIATION, shape).astype(np.float32),
+        f"head.{key}.bias": np.zeros(shape[0], dtype=np.float32),
+    }
+
+
+def first_factors(
+    shapes: Mapping[str, tuple[int, ...]], draw: np.random.Generator, spread: float = 0.0
+) -> dict[str, FloatArray]:
+    """A body's first tensors: A from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, B from N(0, spread^2), the rest zero.
+
+    Args:
+        shapes: Name to shape of all tensors that are not heads.
+        draw: Where the numbers come from.
+        spread: Standard deviation of B; with 0 the body changes nothing.
+    """
+    out: dict[str, FloatArray] = {}
+    for name, shape in shapes.items():
+        bound = shape[-1] ** -0.5
+        value = np.zeros(shape)
+        if name.endswith(LORA_A):
+            value = draw.uniform(-bound, bound, shape)
+        elif name.endswith(LORA_B) and spread > 0:
+            value = draw.normal(0.0, spread, shape)
+        out[name] = value.astype(np.float32)
+    return out
 
 
 def first_adapter(
@@ -16,29 +54,17 @@ def first_adapter(
     draw: np.random.Generator,
     spread: float = 0.0,
 ) -> dict[str, FloatArray]:
-    """An adapter before any training.
+    """An adapter before any training: :func:`first_factors`, and a :func:`first_head` for each head key.
 
     Args:
         body_shapes: Name to shape of all adapter tensors that are not heads.
         head_shapes: Head key to (outputs, hidden).
         draw: Where its numbers come from.
         spread: Standard deviation of B.
-
-    Returns:
-        A from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, B from N(0, spread^2), the rest of the body zero; head
-        weights from N(0, 0.02^2), biases zero. With ``spread`` 0 the body changes nothing.
     """
-    out: dict[str, FloatArray] = {}
-    for name, shape in body_shapes.items():
-        bound = shape[-1] ** -0.5
-        value = np.zeros(shape)
-        if name.endswith(LORA_A):
-            value = draw.uniform(-bound, bound, shape)
-        elif name.endswith(LORA_B) and spread > 0:
-            value = draw.normal(0.0, spread, shape)
-        out[name] = value.astype(np.float32)
-    for key, (outputs, hidden) in head_shapes.items():
-        out |= first_head(key, (outputs, hidden), draw)
+    out = first_factors(body_shapes, draw, spread)
+    for key, shape in head_shapes.items():
+        out |= first_head(key, shape, draw)
     return out
 
 

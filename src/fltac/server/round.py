@@ -4,14 +4,13 @@ No function here keeps anything, and no type here has room for a task's name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from threadpoolctl import threadpool_limits
 
 from fltac.config import ServerSettings
 from fltac.records import (
     Adapter,
-    Cluster,
     LateReply,
     Presence,
     Rejection,
@@ -20,17 +19,16 @@ from fltac.records import (
     RoundReport,
     ServerState,
     SlotKey,
-    Update,
 )
 from fltac.seeding import generator
-from fltac.server.aggregation import mean_adapter, weights_of
-from fltac.server.changes import Changes, received_by, remember
+from fltac.server.changes import Changes, remember
+from fltac.server.clusters import regrouped
 from fltac.server.cohort import draw_cohort
 from fltac.server.first import first_adapter, first_clusters
 from fltac.server.grouping import ACCUMULATING, Evidence, Grouping
-from fltac.server.matching import match_clusters
 from fltac.server.rules import group_slots
-from fltac.server.validation import accept_late, accept_updates
+from fltac.server.sending import Completion, Outbox, own_part, without_constant
+from fltac.server.validation import Expectations, accept_late, accept_updates
 
 
 def init_server(
@@ -77,13 +75,15 @@ def plan_round(
     there = _presences(state) if present is None else {item.client: item for item in present}
     cohort = draw_cohort(sorted(there), settings.participation, settings.seed, number, settings.quorum)
     choose = settings.clustering.by_loss(number)
-    return _requests(state, number, [there[client] for client in cohort], choose)
+    return _requests(state, settings, number, [there[client] for client in cohort], choose)
 
 
-def plan_delivery(state: ServerState, present: Sequence[Presence] | None = None) -> list[Request]:
+def plan_delivery(
+    state: ServerState, settings: ServerSettings, present: Sequence[Presence] | None = None
+) -> list[Request]:
     """What every client that is there (default: that is known) is sent after a round."""
     there = _presences(state) if present is None else {item.client: item for item in present}
-    return _requests(state, state.round_number, [there[client] for client in sorted(there)])
+    return _requests(state, settings, state.round_number, [there[client] for client in sorted(there)])
 
 
 def _presences(state: ServerState) -> dict[str, Presence]:
@@ -93,22 +93,40 @@ def _presences(state: ServerState) -> dict[str, Presence]:
     return {client: Presence(client, own) for client, own in heads.items()}
 
 
-def _requests(state: ServerState, number: int, clients: Sequence[Presence], choose: bool = False) -> list[Request]:
+def _requests(
+    state: ServerState,
+    settings: ServerSettings,
+    number: int,
+    clients: Sequence[Presence],
+    choose: bool = False,
+) -> list[Request]:
     """What each client is sent; to ``choose`` from, all clusters, those without members included."""
-    assignment, adapters = state.assignment(), {cluster.id: cluster.adapter for cluster in state.clusters}
+    outbox = Outbox(state, settings)
+    adapters = {cluster.id: cluster.adapter for cluster in state.clusters}
     candidates = tuple(sorted(adapters)) if choose else ()
     requests = []
     for item in clients:
+        assigned = {slot: outbox.cluster((item.client, slot)) for slot in sorted(item.heads)}
+        slots = {slot: cluster for slot, cluster in assigned.items() if cluster is not None}
+        lacks = _lacks(item, slots, adapters, candidates)
+        sent = {slot: outbox.of((item.client, slot)) for slot in slots}
+        # A slot that has something of its own has an adapter of its own, under a number that is no cluster's.
         slots = {
-            slot: assignment[item.client, slot] for slot in sorted(item.heads) if (item.client, slot) in assignment
+            slot: state.next_cluster_id + slot if (item.client, slot) in state.own else cluster
+            for slot, cluster in slots.items()
         }
+        own = {number: sent[slot] for slot, number in sorted(slots.items(), key=lambda pair: pair[1])}
+        if candidates:
+            own = {cluster: outbox.shared(cluster, item.client) for cluster in candidates}
+        if lacks or item.keeps_initial:
+            own = {number: without_constant(adapter, settings) for number, adapter in own.items()}
         requests.append(
             Request(
                 round_number=number,
                 client=item.client,
                 slots=slots,
-                adapters={cluster: adapters[cluster] for cluster in candidates or sorted(set(slots.values()))},
-                initial=state.initial if _lacks(item, slots, adapters, candidates) else None,
+                adapters=own,
+                initial=outbox.shared(None, item.client) if lacks else None,
                 candidates=candidates,
             )
         )
@@ -156,10 +174,10 @@ def finish_round(
     """
     number = state.round_number + 1
     cohort = tuple(sorted(request.client for request in requests))
-    asked = {request.client: request for request in requests}
-    candidates = {client: request.candidates for client, request in asked.items()}
-    updates, rejections = accept_updates(replies, cohort, state.initial, candidates)
-    began = {update.key: asked[update.client].began(update) or state.initial for update in updates}
+    candidates = {request.client: request.candidates for request in requests}
+    updates, rejections = accept_updates(replies, cohort, Expectations(state.initial, settings, number), candidates)
+    outbox, completion = Outbox(state, settings), Completion(state.initial)
+    began = {update.key: completion.began(outbox.began(update)) for update in updates}
     stale = 0
     replied = sorted({update.client for update in updates})
     if len(replied) < settings.quorum:
@@ -169,19 +187,22 @@ def finish_round(
         updates = []
     else:
         for item in late:
-            used, refused = accept_late(item, began, state.initial, settings.stale)
-            began |= {update.key: item.request.began(update) or state.initial for update in used}
+            used, refused = accept_late(item, began, state.initial, settings)
+            sent = {update.key: item.request.began(update) or state.initial for update in used}
+            began |= {key: completion.began(adapter) for key, adapter in sent.items()}
             updates, rejections, stale = [*updates, *used], [*rejections, *refused], stale + len(used)
         updates.sort(key=lambda update: update.key)
     if not updates:
         nothing = RoundReport(number, cohort, 0, tuple(rejections), None, None)
         return replace(state, round_number=number), nothing
+    updates = [completion.whole(update, began) for update in updates]
     rule = settings.clustering
     changes = remember(state, updates, began, rule.memory, settings.seed) if rule.rule in ACCUMULATING else None
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)
-        clusters = _clusters(state, updates, grouping, settings)
+        clustered = regrouped(state, updates, began, grouping, settings)
+    clusters, own = clustered.clusters, {update.key: own_part(update, settings) for update in updates}
     after = ServerState(
         round_number=number,
         initial=state.initial,
@@ -189,6 +210,8 @@ def finish_round(
         clusters=clusters,
         memory=_memory(state, changes, grouping),
         next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
+        own={**state.own, **{key: tensors for key, tensors in own.items() if tensors}},
+        optimizer=clustered.optimizer,
     )
     k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None
     report = RoundReport(
@@ -199,6 +222,7 @@ def finish_round(
         k,
         grouping.silhouette,
         stale,
+        clustered.product_error,
         grouping.confidence,
         grouping.residuals,
     )
@@ -210,50 +234,3 @@ def _memory(state: ServerState, changes: Changes | None, grouping: Grouping) -> 
     if grouping.memory is not None:
         return grouping.memory
     return state.memory if changes is None else changes.memory()
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A slot of a group: what it holds now, and its update if it sent one."""
-
-    key: SlotKey
-    adapter: Adapter
-    update: Update | None
-
-
-def _clusters(
-    state: ServerState, updates: Sequence[Update], grouping: Grouping, settings: ServerSettings
-) -> tuple[Cluster, ...]:
-    """The clusters after the round: members, means, identities; clusters without members keep their adapter."""
-    by_key = {update.key: update for update in updates}
-    received = received_by(state)
-    groups: dict[int, list[_Member]] = {}
-    for key, label in sorted(grouping.labels.items()):
-        update = by_key.get(key)
-        adapter = update.adapter if update else received.get(key, state.initial)
-        groups.setdefault(label, []).append(_Member(key, adapter, update))
-    means = [_mean(members, settings) for members in groups.values()]
-    ids = list(groups) if grouping.identities else match_clusters(means, state.clusters, state.next_cluster_id)
-    members_of = {cluster.id: set(cluster.members) - set(grouping.labels) for cluster in state.clusters}
-    adapters = {cluster.id: cluster.adapter for cluster in state.clusters}
-    for number, members, mean in zip(ids, groups.values(), means, strict=True):
-        members_of.setdefault(number, set()).update(member.key for member in members)
-        adapters[number] = _with_old_heads(mean, adapters.get(number))
-    return tuple(Cluster(number, adapters[number], tuple(sorted(members_of[number]))) for number in sorted(adapters))
-
-
-def _mean(members: Sequence[_Member], settings: ServerSettings) -> Adapter:
-    """Over this round's updates; what none of them has (a head, or everything) is the mean of what slots hold."""
-    updates = [member.update for member in members if member.update is not None]
-    mean: Adapter = {}
-    if updates:
-        weights = weights_of(updates, settings.aggregation.weighting)
-        mean = mean_adapter([update.adapter for update in updates], weights)
-    rest = [{name: tensor for name, tensor in member.adapter.items() if name not in mean} for member in members]
-    return {**mean, **mean_adapter(rest, [1.0] * len(rest))}
-
-
-def _with_old_heads(mean: Adapter, before: Adapter | None) -> Adapter:
-    """A head that no update of this round had stays as it was, for members that were not asked."""
-    missing = {name: tensor for name, tensor in (before or {}).items() if name not in mean}
-    return {**mean, **missing}

@@ -1,11 +1,11 @@
 """Checks every upload before anything is computed from it; what fails is left out, named, and the round goes on."""
 
 from collections.abc import Container, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
-from fltac.records import Adapter, LateReply, Rejection, Reply, SlotKey, Update, is_head
+from fltac.config import ServerSettings
+from fltac.records import Adapter, LateReply, Rejection, Reply, SlotKey, Update, at_rank, is_head
 
 LARGEST = 1e6
 """An upload with a larger number has diverged, and its square would leave float32's accuracy in a mean."""
@@ -17,9 +17,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Expected:
-    """The names and shapes that an upload has to have: v0's body, and those of v0's heads of which it holds a part."""
+    """The names and shapes that an upload has to have: v0's body, and those of v0's heads of which it holds a part.
 
-    def __init__(self, initial: Adapter) -> None:
+    Of the body only what is trained in the round, at the client's rank.
+    """
+
+    def __init__(self, initial: Adapter, frozen: str | None = None, rank: int | None = None) -> None:
+        """Args:
+        initial: v0.
+        frozen: The ending of the names of factors that are not uploaded.
+        rank: Of the client's factors; None for v0's.
+        """
+        trained = {name: x for name, x in initial.items() if is_head(name) or not frozen or not name.endswith(frozen)}
+        initial = trained if rank is None else at_rank(trained, rank)
         self._body = {name: tensor.shape for name, tensor in initial.items() if not is_head(name)}
         self._heads: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, tensor in initial.items():
@@ -39,10 +49,31 @@ class Expected:
         return bool(self._heads) and len(shapes) == len(self._body)
 
 
+class Expectations:
+    """What is expected of each client in a round."""
+
+    def __init__(self, initial: Adapter, settings: ServerSettings, round_number: int) -> None:
+        """Args:
+        initial: v0, whose names, shapes and head keys every upload has to have.
+        settings: The server's.
+        round_number: The round that the clients were asked in.
+        """
+        self._initial, self._settings = initial, settings
+        self._frozen = settings.aggregation.frozen(round_number)
+        self._by_rank: dict[int | None, Expected] = {}
+
+    def of(self, client: str) -> Expected:
+        """Of one client's uploads."""
+        rank = self._settings.ranks.get(client)
+        if rank not in self._by_rank:
+            self._by_rank[rank] = Expected(self._initial, self._frozen, rank)
+        return self._by_rank[rank]
+
+
 def accept_updates(
     replies: Sequence[Reply],
     cohort: Sequence[str],
-    initial: Adapter,
+    expectations: Expectations,
     candidates: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[list[Update], list[Rejection]]:
     """Sorts the replies of a round into updates to use and rejections.
@@ -50,7 +81,7 @@ def accept_updates(
     Args:
         replies: In any order.
         cohort: Ids of the clients that were asked.
-        initial: v0, whose names, shapes and head keys every upload has to have.
+        expectations: Of their uploads.
         candidates: By client, the clusters that it was to choose from; empty or missing where it was not asked to.
 
     Returns:
@@ -59,7 +90,7 @@ def accept_updates(
     """
     updates: list[Update] = []
     rejections: list[Rejection] = []
-    asked, expected = frozenset(cohort), Expected(initial)
+    asked = frozenset(cohort)
     answered: set[str] = set()
     for reply in sorted(replies, key=lambda reply: reply.client):
         reason = _reply_fault(reply, asked, answered)
@@ -67,7 +98,7 @@ def accept_updates(
         if reason is not None:
             rejections.append(Rejection(reply.client, None, reason))
             continue
-        seen: set[int] = set()
+        seen, expected = set[int](), expectations.of(reply.client)
         for update in reply.updates:
             fault = update_fault(update, reply.client, seen, expected)
             fault = fault or choice_fault(update, (candidates or {}).get(reply.client, ()))
@@ -82,22 +113,23 @@ def accept_updates(
 
 
 def accept_late(
-    late: LateReply, known: Container[SlotKey], initial: Adapter, stale: Literal["drop", "use"]
+    late: LateReply, known: Container[SlotKey], initial: Adapter, settings: ServerSettings
 ) -> tuple[list[Update], list[Rejection]]:
     """Says what of a reply that came after its round's deadline can be used in the round that is being finished.
 
     Args:
         late: The reply with the request that it answers.
         known: The slots that have an update of this round already.
-        initial: v0, as for :func:`accept_updates`.
-        stale: Whether such replies are used at all.
+        initial: v0.
+        settings: The server's; they say whether such replies are used at all.
     """
     client, number = late.request.client, late.request.round_number
     if late.reply.error is not None:
         return [], [Rejection(client, None, f"late, of round {number}: {late.reply.error}")]
-    if stale == "drop":
+    if settings.stale == "drop":
         return [], [Rejection(client, None, f"its reply to round {number} came after the deadline")]
-    updates, rejections = accept_updates([late.reply], [client], initial, {client: late.request.candidates})
+    expectations = Expectations(initial, settings, number)
+    updates, rejections = accept_updates([late.reply], [client], expectations, {client: late.request.candidates})
     newer = [update for update in updates if update.key in known]
     rejections += [
         Rejection(client, update.slot, f"its update of round {number} came after a newer one") for update in newer

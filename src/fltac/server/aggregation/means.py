@@ -1,4 +1,4 @@
-"""How the members of a group become one adapter: the mean of the factors, tensor by tensor (arXiv 2305.05644)."""
+"""Weighted means of adapters, tensor by tensor."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,0 +1,92 @@
+"""The settings of how the server groups the uploads, and what they cannot be combined with."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fltac.config.section import Positive, Section
+
+
+class ClusteringConfig(Section):
+    """How the server groups the uploads."""
+
+    rule: Literal["kmeans", "spectral", "single", "none", "given", "random", "ifca", "cfl", "fedlease"] = "spectral"
+    """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the top-K
+    eigenvectors of a similarity kernel; ``single``: one group; ``none``: every slot alone; ``given``: opaque
+    group numbers from outside (the oracle); ``random``: a random group; ``ifca``: clients choose by loss
+    (arXiv 2006.04088); ``cfl``: clusters are bisected (arXiv 1910.01991); ``fedlease``: once, by the cosine of B
+    (arXiv 2509.15087)."""
+    k: Positive | Literal["auto"] | None = None
+    """Number of clusters; default: the number of tasks. ``auto`` (``spectral``): as many as the uploads support, by
+    how well the means of groups found in some of the adapted matrices predict their members in the others; with
+    ``cannot_link`` at least as many as one client has slots. ``cfl`` needs none; ``fedlease`` takes the best
+    silhouette where it is not given."""
+    head: bool = True
+    """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
+    cannot_link: bool = True
+    """Slots of one client fall into different clusters."""
+    memory: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added."""
+    starts: Positive = 20
+    """Number of seeded starts of K-means; the best objective wins."""
+    hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
+    with ``k: auto`` another K the error of its prediction) by more than this share."""
+    assign: Literal["uploads", "loss"] = "uploads"
+    """``loss``: with ``kmeans`` and ``spectral``, from the round ``assign_from`` on clients choose among the clusters'
+    adapters by the loss on their own rows, as with ``ifca``."""
+    assign_from: Annotated[int, Field(ge=2)] = 2
+    """The first round in which ``assign: loss`` holds."""
+    assignment_rows: Positive = 64
+    """Rows of each task that a client scores the clusters' adapters on."""
+    assignment_loss: Literal["plain", "balanced"] = "plain"
+    """The mean over these rows, or over the means of the classes that occur among them."""
+    held_back: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a task's training rows that a client scores on and never trains on; 0: it scores on training rows."""
+    spread: Annotated[float, Field(ge=0)] = 0.02
+    """``ifca``: standard deviation of the first B of each cluster; with 0 all bodies begin as the same function."""
+    eps1: Annotated[float, Field(ge=0)] = 0.1
+    """``cfl``: a cluster may be split once the norm of its mean update is below this share of the largest it had."""
+    eps2: Annotated[float, Field(ge=0)] = 0.4
+    """``cfl``: and while a member's update has a norm above this share of the same largest mean."""
+    k_max: Positive = 8
+    """``fedlease``: the most clusters that the silhouette chooses from."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether clients choose their clusters in any round."""
+        return self.rule == "ifca" or self.assign == "loss"
+
+    def by_loss(self, round_number: int) -> bool:
+        """Whether clients choose their clusters in a round."""
+        return self.rule == "ifca" or (self.assign == "loss" and round_number >= self.assign_from)
+
+
+def clustering_fault(config: ClusteringConfig, aggregation: str, pooled: bool) -> str | None:
+    """Says in one line which other setting a rule cannot be used with; None if all is well.
+
+    Args:
+        config: The rule.
+        aggregation: The name of the rule of aggregation.
+        pooled: Whether nothing is federated.
+    """
+    rule = config.rule
+    if config.k == "auto" and rule in ("kmeans", "random", "ifca"):
+        return f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral"
+    if config.assign == "loss" and rule not in ("kmeans", "spectral"):
+        return f"server.clustering.assign: got 'loss' with rule={rule}; allowed with kmeans and spectral"
+    if config.held_back and not config.scores:
+        return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
+    if pooled and config.scores:
+        return "federation.pool: there is nothing to choose by loss (rule=ifca, assign=loss)"
+    if config.scores and aggregation == "fedsa":
+        return (
+            "server.aggregation.rule: got 'fedsa', with which each slot has a B of its own, so that there is no "
+            "cluster's adapter to score (rule=ifca, assign=loss); all others can"
+        )
+    if rule == "ifca" and aggregation == "ffa":
+        return (
+            "server.aggregation.rule: got 'ffa', which keeps the A of v0, but with ifca each cluster has its own; "
+            "all but ffa and fedsa can"
+        )
+    return None

@@ -1,0 +1,97 @@
+"""What a slot is sent, and an upload made whole again: ranks that differ, factors never trained, factors of its own."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fltac.config import ServerSettings
+from fltac.records import LORA_A, LORA_B, Adapter, ServerState, SlotKey, Update, at_rank, is_head, lora_modules
+
+
+class Outbox:
+    """The adapters that slots are sent after a round; equal ones are the same object."""
+
+    def __init__(self, state: ServerState, settings: ServerSettings) -> None:
+        """Looks at a state; copies nothing."""
+        self._state, self._settings = state, settings
+        self._assignment = state.assignment()
+        self._adapters: dict[int | None, Adapter] = {cluster.id: cluster.adapter for cluster in state.clusters}
+        self._adapters[None] = state.initial
+        self._cut: dict[tuple[int | None, int | None], Adapter] = {}
+        self._own: dict[SlotKey, Adapter] = {}
+
+    def cluster(self, key: SlotKey) -> int | None:
+        """The slot's cluster, if it has one."""
+        return self._assignment.get(key)
+
+    def shared(self, cluster: int | None, client: str) -> Adapter:
+        """A cluster's adapter (None: v0) at the rank of a client."""
+        adapter, rank = self._adapters[cluster], self._settings.ranks.get(client)
+        if rank is None:
+            return adapter
+        if (cluster, rank) not in self._cut:
+            self._cut[cluster, rank] = at_rank(adapter, rank)
+        return self._cut[cluster, rank]
+
+    def of(self, key: SlotKey) -> Adapter:
+        """What a slot is sent: its cluster's adapter, or v0, with the tensors that are its own."""
+        shared = self.shared(self.cluster(key), key[0])
+        if key not in self._state.own:
+            return shared
+        if key not in self._own:
+            self._own[key] = {**shared, **self._state.own[key]}
+        return self._own[key]
+
+    def began(self, update: Update) -> Adapter:
+        """What an update began from: the cluster that its client chose, or what its slot was sent."""
+        return self.of(update.key) if update.cluster is None else self.shared(update.cluster, update.client)
+
+
+def without_constant(adapter: Adapter, settings: ServerSettings) -> Adapter:
+    """Without the factors that no round trains, for a client that keeps v0."""
+    always = settings.aggregation.frozen(1)
+    if always is None or always != settings.aggregation.frozen(2):
+        return adapter
+    return {name: tensor for name, tensor in adapter.items() if is_head(name) or not name.endswith(always)}
+
+
+def own_part(update: Update, settings: ServerSettings) -> Adapter:
+    """What of an upload is not averaged but the slot's own: B with ``fedsa``, else nothing."""
+    if settings.aggregation.rule != "fedsa":
+        return {}
+    return {name: tensor for name, tensor in update.adapter.items() if name.endswith(LORA_B) and not is_head(name)}
+
+
+class Completion:
+    """Fills updates up to what all others have: the common rank, and factors that were not uploaded."""
+
+    def __init__(self, initial: Adapter) -> None:
+        """Args:
+        initial: v0, for the rank, and for factors that were not even sent.
+        """
+        self._initial = initial
+        self._rank = next((len(initial[name + LORA_A]) for name in lora_modules(initial)), 0)
+        self._full: dict[int, tuple[Adapter, Adapter]] = {}
+
+    def began(self, sent: Adapter) -> Adapter:
+        """What a slot began from, at the common rank; the same object for the same one."""
+        if id(sent) not in self._full:
+            missing = {
+                name: tensor
+                for name, tensor in self._initial.items()
+                if name.endswith((LORA_A, LORA_B)) and not is_head(name) and name not in sent
+            }
+            whole = {**sent, **missing} if missing else sent
+            # The key is the object's identity, so the object is kept as long as the key.
+            self._full[id(sent)] = sent, at_rank(whole, self._rank)
+        return self._full[id(sent)][1]
+
+    def whole(self, update: Update, began: Mapping[SlotKey, Adapter]) -> Update:
+        """The update with the factors that it did not bring, at the common rank; the same one if nothing is missing."""
+        held = began[update.key]
+        missing = {
+            name: tensor
+            for name, tensor in held.items()
+            if name.endswith((LORA_A, LORA_B)) and not is_head(name) and name not in update.adapter
+        }
+        adapter = at_rank({**update.adapter, **missing} if missing else update.adapter, self._rank)
+        return update if adapter is update.adapter else replace(update, adapter=adapter)

@@ -1,0 +1,75 @@
+"""Runs with published rules of aggregation: what travels, what is exported, and resuming to the same bits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fltac
+from fltac.model.peft_format import import_adapter
+from fltac.model.peft_import import CONFIG as PEFT_CONFIG
+from fltac.records import lora_modules
+from fltac.runtime.checkpoint import latest_checkpoint
+from fltac.runtime.progress import Silent
+from runtime.test_run import scores_of, small
+
+HALF = ("federation.participation=0.5", "evaluation.every=0", "federation.rounds=2")
+
+
+class Stop(Silent):
+    def round_finished(self, record: Any) -> None:
+        if record["round"] == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("method=ffa-lora",),
+        ("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-1: 1}"),
+        ("server.aggregation.rule=fedsa", "server.aggregation.optimizer=fedadam", "wire.dtype=float16"),
+    ],
+    ids=["ffa", "flora with ranks", "fedsa with fedadam"],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_path: Path) -> None:
+    fltac.run(small(*HALF, *settings), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fltac.run(small(*HALF, *settings), tmp_path / "stopped", Stop())
+    fltac.resume(tmp_path / "stopped")
+    assert scores_of(tmp_path / "stopped") == scores_of(tmp_path / "whole")
+
+
+def test_the_export_of_a_residual_computes_what_was_trained(tmp_path: Path) -> None:
+    """Exported factors have a higher rank and the same factor in front of them."""
+    import json
+
+    fltac.run(small("method=fedex-lora", *HALF), tmp_path)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    (cluster,) = checkpoint.state.clusters
+    exported = import_adapter(tmp_path / "adapters" / "cluster-0")
+    settings = json.loads((tmp_path / "adapters" / "cluster-0" / PEFT_CONFIG).read_text())
+    assert settings["r"] > 1
+    held = cluster.adapter
+    for module in lora_modules(held):
+        ours = held[f"{module}.lora_B"] @ held[f"{module}.lora_A"]
+        if f"{module}.base_A" in held:
+            ours = ours + held[f"{module}.base_B"] @ held[f"{module}.base_A"]
+        theirs = exported[f"{module}.lora_B"] @ exported[f"{module}.lora_A"]
+        np.testing.assert_allclose(settings["lora_alpha"] / settings["r"] * theirs, 8.0 * ours, atol=1e-5)
+
+
+def test_bytes_and_errors_of_the_rules(tmp_path: Path) -> None:
+    """A is half of the factors; the record says what averaging factors misses."""
+    records = {}
+    for method in ("fedit", "ffa-lora", "flexlora"):
+        extra = ("lora.ranks={client-0: 1, client-1: 1}", "lora.rank=2") if method == "flexlora" else ("lora.rank=2",)
+        fltac.run(small(f"method={method}", "federation.rounds=2", "evaluation.every=0", *extra), tmp_path / method)
+        records[method] = scores_of(tmp_path / method)[0]
+    assert records["ffa-lora"][1]["bytes"]["up"] < 0.75 * records["fedit"][1]["bytes"]["up"]
+    assert records["flexlora"][1]["bytes"]["up"] < records["fedit"][1]["bytes"]["up"]
+    errors = {method: [record["aggregation"]["product_error"] for record in own] for method, own in records.items()}
+    assert max(errors["ffa-lora"]) < 1e-6
+    assert min(errors["fedit"]) > 1e-3
+    assert 0 < max(errors["flexlora"]) < max(errors["fedit"])

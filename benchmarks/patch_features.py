@@ -126,12 +126,16 @@ def make_targets(
     some = torch.cat([part.sqrt() for part in cell_features(images[rows], dictionary, GRID)])
     into_whole = _components(_quarters(some), WHOLE)
     into_cells = _components(some.reshape(-1, some.shape[-1]), CELL)
-    whole, cells = [], []
+    whole = torch.empty(len(images), WHOLE, dtype=torch.float16)
+    cells = torch.empty(len(images), GRID**2, CELL, dtype=torch.float16)
+    done = 0
     for part in cell_features(images, dictionary, GRID):
+        own = slice(done, done + len(part))
         roots = part.sqrt()
-        whole.append(((_quarters(roots) - into_whole[0]) @ into_whole[1]).half())
-        cells.append(((roots - into_cells[0]) @ into_cells[1]).half())
-    return Targets(torch.cat(whole), torch.cat(cells))
+        whole[own] = (_quarters(roots) - into_whole[0]) @ into_whole[1]
+        cells[own] = (roots - into_cells[0]) @ into_cells[1]
+        done += len(part)
+    return Targets(whole, cells)
 
 
 def _quarters(cells: Tensor) -> Tensor:

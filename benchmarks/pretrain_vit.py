@@ -34,7 +34,7 @@ from fltac.seeding import derive, generator
 
 OUT = Path(__file__).parents[1] / "results" / "models" / "cifar-vit"
 WORK = Path(__file__).parents[1] / "runs" / "pretrain-vit"
-SAVE_STEPS = 40
+SAVE_STEPS = 20
 PROBE_ROWS = (5000, 2000)
 """Training and test images of the linear probe."""
 STATE = "state.safetensors"
@@ -51,8 +51,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     folder = Path(expand(args.data, "--data"))
-    images, _ = read(folder, "train")
     args.work.mkdir(parents=True, exist_ok=True)
+    images = remembered_images(folder, args.work / "images.npy")
     targets = remembered_targets(images, args.seed, args.work / "targets.safetensors")
     recipe = Recipe()
     torch.manual_seed(derive(args.seed, "cifar-vit-weights"))
@@ -100,8 +100,20 @@ def read(folder: Path, split: str, rows: int | None = None) -> tuple[NDArray[np.
         raise SystemExit(f"--data: {folder} has no {split}*.parquet")
     table = pq.ParquetDataset(files).read(["img", "label"])
     table = table if rows is None else table.slice(0, rows)
-    images = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["img"].to_pylist()]
-    return np.stack(images), table["label"].to_numpy()
+    images = np.empty((len(table), SIZE, SIZE, 3), dtype=np.uint8)
+    for row, value in enumerate(table["img"]):
+        images[row] = Image.open(io.BytesIO(value["bytes"].as_py())).convert("RGB")
+    return images, table["label"].to_numpy()
+
+
+def remembered_images(folder: Path, file: Path) -> NDArray[np.uint8]:
+    """The training images, decoded now if they are not in ``file``."""
+    if not file.exists():
+        buffer = io.BytesIO()
+        np.save(buffer, read(folder, "train")[0], allow_pickle=False)
+        write_atomic(file, buffer.getvalue())
+    images: NDArray[np.uint8] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return images
 
 
 def remembered_targets(images: NDArray[np.uint8], seed: int, file: Path) -> Targets:
@@ -169,9 +181,8 @@ def restore(file: Path, student: Student, chosen: list[torch.optim.Optimizer]) -
 
 def probe(student: Student, folder: Path) -> dict[str, float]:
     """Test accuracy of logistic regressions on frozen features: the first token, and the mean of the others."""
-    (images, labels), (others, truth) = (
-        read(folder, name, rows) for name, rows in zip(("train", "test"), PROBE_ROWS, strict=True)
-    )
+    images, labels = read(folder, "train", PROBE_ROWS[0])
+    others, truth = read(folder, "test", PROBE_ROWS[1])
     out = {}
     for name, own, new in zip(("cls", "mean"), features(student, images), features(student, others), strict=True):
         scale = StandardScaler().fit(own)

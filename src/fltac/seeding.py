@@ -2,7 +2,7 @@
 
 Nothing depends on the order in which clients are visited: each choice has its own generator, keyed by what it
 is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``,
-``client-rows``, ``client-quarter``, ``slots``, ``validation-split``, ``initial-adapter``,
+``client-rows``, ``client-quarter``, ``slots``, ``validation-split``, ``validation-rows``, ``initial-adapter``,
 ``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
 ``embedding``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``, ``augment``; with seed 0,
 whatever the run's, ``quarter-turns``, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.

@@ -69,6 +69,8 @@ class TaskConfig(Section):
     """``pearson`` makes the task a regression with one output."""
     max_rows: Positive | None = None
     """Use the first so many rows of the seeded order of the training rows."""
+    max_validation_rows: Positive | None = None
+    """The same of the validation rows: the rest is never read, nor scored at the end."""
 
 
 class PartitionConfig(Section):

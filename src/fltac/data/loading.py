@@ -65,7 +65,8 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
     """Loads a task.
 
     Where there is no validation split, a seeded share of the training rows is held out; ``max_rows`` then
-    takes the next rows of the same seeded order for training. Errors count rows from 0.
+    takes the next rows of the same seeded order for training. ``max_validation_rows`` takes rows of a seeded order of
+    the validation rows. Errors count rows from 0.
 
     Raises:
         InputError: the data cannot be read, a split or column is missing, a split is empty, a text is
@@ -85,6 +86,9 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
         labels = grouped(task, labels)
     train_rows, held_out = choose_rows(task, len(training), validation is None, seed)
     validation_rows = held_out if validation is None else np.arange(len(validation))
+    if task.max_validation_rows is not None:
+        order = generator(seed, "validation-rows", client=task.name).permutation(len(validation_rows))
+        validation_rows = np.sort(validation_rows[order[: task.max_validation_rows]])
 
     def raw(split: str, rows: NDArray[np.int64]) -> RawSplit:
         data = found[split].select_columns(list(task.columns))

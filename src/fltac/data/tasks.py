@@ -109,6 +109,7 @@ class ResolvedTask:
         mirror: Whether a mirrored image has the same label.
         metric: Pearson makes the task a regression.
         max_rows: Training rows to use at most.
+        max_validation_rows: Validation rows to use at most.
     """
 
     name: str
@@ -130,6 +131,7 @@ class ResolvedTask:
     classes: tuple[tuple[str, tuple[str, ...]], ...] | None = None
     transform: Transform | None = None
     mirror: bool = True
+    max_validation_rows: int | None = None
 
     @property
     def regression(self) -> bool:
@@ -203,6 +205,7 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
         classes=_groups(name, merged) if merged.classes is not None else None,
         transform=merged.transform,
         mirror=merged.transform is None if merged.mirror is None else merged.mirror,
+        max_validation_rows=merged.max_validation_rows,
     )
 
 

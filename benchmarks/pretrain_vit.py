@@ -142,7 +142,8 @@ def train_step(
     order = generator(seed, "cifar-vit-batches", number // each).permutation(len(images))
     rows = order[number % each * recipe.batch :][: recipe.batch]
     at = torch.from_numpy(rows)
-    loss = student.loss(as_pixels(images[rows]), targets.whole[at].float(), targets.cells[at].float())
+    depth = 2 if number < recipe.shallow else recipe.layers
+    loss = student.loss(as_pixels(images[rows]), targets.whole[at].float(), targets.cells[at].float(), depth)
     loss.backward()
     set_rates(chosen, recipe, number, steps)
     for optimizer in chosen:

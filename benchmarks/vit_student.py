@@ -26,6 +26,8 @@ class Recipe:
         hidden: Width.
         feed_forward: Width of the layers between two attentions.
         layers: Blocks.
+        shallow: Steps in which only the first two blocks run, which learn what is local at a third of the price; those
+            above begin as small random changes of their output.
         heads: Attention heads of each.
         batch: Images of a step.
         lr: Peak rate of AdamW, for vectors, embeddings and the layers that are thrown away.
@@ -39,6 +41,7 @@ class Recipe:
     hidden: int = 192
     feed_forward: int = 384
     layers: int = 6
+    shallow: int = 400
     heads: int = 6
     batch: int = 64
     lr: float = 2e-3
@@ -70,15 +73,23 @@ class Student(nn.Module):
         self.mean = nn.Linear(recipe.hidden, whole)
         self.cell = nn.Linear(recipe.hidden, cell)
 
-    def loss(self, pixels: Tensor, whole: Tensor, cells: Tensor) -> Tensor:
+    def states(self, pixels: Tensor, depth: int) -> Tensor:
+        """Last states ``[b, 65, hidden]`` of the first ``depth`` blocks on ``pixels`` ``[b, 3, 32, 32]``."""
+        states: Tensor = self.vit.embeddings(pixels)
+        for layer in self.vit.layers[:depth]:
+            states = layer(states)
+        return self.vit.layernorm(states)
+
+    def loss(self, pixels: Tensor, whole: Tensor, cells: Tensor, depth: int) -> Tensor:
         """Sum of three mean squared errors, each 1 for who always answers the mean.
 
         Args:
             pixels: ``[b, 3, 32, 32]``.
             whole: Target ``[b, whole]`` of the image.
             cells: Targets ``[b, grid * grid, cell]`` of the cells of a grid that divides that of the tokens.
+            depth: Blocks to run.
         """
-        states = self.vit(pixel_values=pixels).last_hidden_state
+        states = self.states(pixels, depth)
         grid = round(cells.shape[1] ** 0.5)
         tokens = states[:, 1:].transpose(1, 2).reshape(len(pixels), -1, SIDE, SIDE)
         local = F.avg_pool2d(tokens, SIDE // grid).flatten(2).transpose(1, 2)

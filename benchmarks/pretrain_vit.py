@@ -1,10 +1,11 @@
 """Pretrains a small vision transformer on CIFAR-10's training images without their labels.
 
-    python benchmarks/pretrain_vit.py --steps 3000
+    python benchmarks/pretrain_vit.py --steps 6000
 
 It learns to predict features of the same image that need no labels (``patch_features.py``), squeezed by a principal
 component analysis: of the whole image by quarters, and of each cell of a 4 x 4 grid. Needs FLTAC_DATA. What is run
 again goes on where it was; until the last ``Recipe.decay`` of the steps it may go on to another number of steps.
+``--stop N`` ends earlier than planned, before the rates have fallen.
 """
 
 import argparse
@@ -43,6 +44,7 @@ STATE = "state.safetensors"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps in all")
+    parser.add_argument("--stop", type=int, help="publish the model after so many of them; default: after all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-every", type=int, default=400, help="steps between two linear probes")
     parser.add_argument("--data", default="${FLTAC_DATA}/data/cifar10", help="folder with train and test parquet files")
@@ -59,8 +61,9 @@ def main() -> int:
     student = build(recipe, targets.whole.shape[1], targets.cells.shape[2], images[:2000])
     chosen = optimizers(student, recipe)
     done, seconds = restore(args.work / STATE, student, chosen)
-    while done < args.steps:
-        until = min(args.steps, (done // SAVE_STEPS + 1) * SAVE_STEPS)
+    last = min(args.steps, args.stop or args.steps)
+    while done < last:
+        until = min(last, (done // SAVE_STEPS + 1) * SAVE_STEPS)
         begun = time.process_time()
         loss = [
             train_step(student, chosen, recipe, images, targets, args.seed, n, args.steps) for n in range(done, until)
@@ -69,7 +72,7 @@ def main() -> int:
         done = until
         keep(args.work / STATE, student, chosen, done, seconds)
         print(f"step {done} of {args.steps}: loss {np.mean(loss):.3f}, {seconds:.0f} CPU seconds", flush=True)
-        if done % args.probe_every == 0 and done < args.steps:
+        if done % args.probe_every == 0 and done < last:
             print(f"  probe {probe(student, folder)}", flush=True)
     scores = probe(student, folder)
     print(f"probe {scores}")
@@ -80,6 +83,7 @@ def main() -> int:
             "what": "predicts patch features of CIFAR-10's training images, whose labels were never read",
             "images": len(images),
             "steps": done,
+            "planned_steps": args.steps,
             "epochs": round(done * recipe.batch / len(images), 2),
             "seed": args.seed,
             "cpu_seconds": round(seconds),

@@ -2,11 +2,12 @@
 
 Nothing depends on the order in which clients are visited: each choice has its own generator, keyed by what it
 is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``, ``client-rows``,
-``client-quarter``, ``slots``, ``validation-split``, ``initial-adapter``,
+``client-quarter``, ``slots``, ``validation-split``, ``validation-rows``, ``initial-adapter``,
 ``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
 ``embedding``, ``choose-k``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``,
-``first-cluster``, ``assignment-rows``, ``held-back``; with seed 0, whatever the run's, ``digits-halves``,
-``digits-vit-weights``, ``digits-vit-batches``.
+``first-cluster``, ``assignment-rows``, ``held-back``, ``fresh-factors``, ``probes``, ``augment``; with seed 0,
+whatever the run's, ``quarter-turns``,
+``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
 """
 
 import hashlib

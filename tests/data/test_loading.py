@@ -335,3 +335,18 @@ def test_glue(data_root: Path, name: str, train: int, validation: int, names: tu
         assert raw.validation.data[column][:] == expected.column(column).to_pylist()
     with_datasets = load_dataset("parquet", data_files=str(file), split="train")
     assert with_datasets.features["label"].names == list(names)
+
+
+def test_some_validation_rows_of_a_seeded_order(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", numbered(40))
+    write(tmp_path / "validation.csv", numbered(30))
+    every = load(tmp_path)
+    few, fewer = (load(tmp_path, max_validation_rows=count).validation for count in (12, 5))
+    assert (len(every.validation.rows), len(few.rows), len(fewer.rows)) == (30, 12, 5)
+    assert set(fewer.rows) < set(few.rows)
+    assert few.data["text"][:] == [f"text {row}" for row in few.rows]
+    assert few.labels.tolist() == [row % 2 for row in few.rows]
+    assert few.rows.tolist() != load(tmp_path, seed=1, max_validation_rows=12).validation.rows.tolist()
+    held = load(tmp_path / "train.csv", validation=0.5, max_validation_rows=3)
+    assert (len(held.train.rows), len(held.validation.rows)) == (20, 3)
+    assert not set(held.train.rows) & set(held.validation.rows)

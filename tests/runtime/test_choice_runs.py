@@ -36,9 +36,10 @@ LEVER = (
     "server.clustering.assignment_loss=balanced",
     "server.clustering.held_back=0.2",
 )
+SPLITS = ("server.clustering.eps1=2", "server.clustering.eps2=0")
 RULES = {
     "ifca": ("method=ifca",),
-    "cfl": ("method=cfl", "server.clustering.eps1=2", "server.clustering.eps2=0"),
+    "cfl": ("method=cfl", *SPLITS),
     "fedlease": ("method=fedlease",),
     "lever": LEVER,
     # With rules of aggregation that send less than an adapter, one cut to a rank, or one with a frozen part.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fltac.client.batches import BatchKey, hold_back, make_batches
 from fltac.client.training import Step, Trained, TrainJob
 from fltac.config import Config, TrainingConfig
+from fltac.data.augment import Views, draw_views
 from fltac.data.encoded import EncodedTask
 from fltac.records import HEAD, LORA_A, Adapter, Reply, Request, Update, at_rank, is_head
 from fltac.seeding import derive, generator
@@ -141,7 +142,13 @@ def _steps(client: str, slot: int, tasks: Sequence[LocalTask], number: int, conf
             local.rows, local.task.train.lengths, local.steps, training.batch_size, training.batching, key
         )
         shares = label_shares(local, training)
-        steps += [Step(local.task, local.head_key, rows, shares) for rows in batches]
+        views: list[Views | None] = [None] * local.steps
+        if training.augment != "none":
+            draw = generator(seed, "augment", number, client, slot + index)
+            views = [*draw_views(local.steps, training.batch_size, local.task.mirror, draw)]
+        steps += [
+            Step(local.task, local.head_key, rows, shares, view) for rows, view in zip(batches, views, strict=True)
+        ]
     if len(tasks) > 1:
         order = generator(seed, "interleave", number, client, slot).permutation(len(steps))
         steps = [steps[position] for position in order]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
 from fltac.config.sections import Loss
+from fltac.data.augment import Views, seen
 from fltac.data.encoded import EncodedTask, Split
 from fltac.model.lanes import LaneModel
 from fltac.model.prefix import RowKey
@@ -32,13 +34,15 @@ from fltac.records import Adapter, is_head
 class Step:
     """One batch of one adapter's training: rows of a task's training split, through one of its heads.
 
-    ``shares`` are those of the classes among all the slot's rows, ``[outputs]``, where the loss asks for them.
+    ``shares`` are those of the classes among all the slot's rows, ``[outputs]``, where the loss asks for them;
+    ``views`` is what the images are seen as, where they are augmented.
     """
 
     task: EncodedTask
     head_key: str
     rows: NDArray[np.int64]
     shares: NDArray[np.float64] | None = None
+    views: Views | None = None
 
     @property
     def length(self) -> int:
@@ -220,9 +224,11 @@ def lane_losses(model: LaneModel, steps: Sequence[Step], loss: Loss = "plain") -
     """Each lane's mean loss on its batch: ``[lanes]``."""
     lengths = [step.length for step in steps]
     longest = None if model.packs else max(lengths)
-    batch = model.stack([step.task.train.batch(step.rows, longest) for step in steps])
+    batch = model.stack([_inputs(step, longest) for step in steps])
     model.lanes.lengths = lengths if steps[0].task.kind == "text" else ()
-    keys = [key for step in steps for key in row_keys(step.task.train, step.rows)] if model.prefix else []
+    # What the frozen layers make of a row is kept for the row, not for a view of it.
+    kept = model.prefix is not None and all(step.views is None for step in steps)
+    keys = [key for step in steps for key in row_keys(step.task.train, step.rows)] if kept else []
     features = torch.split(model.features(batch, len(steps), keys), [len(step.rows) for step in steps])
     losses = []
     for lane, step in enumerate(steps):
@@ -230,6 +236,11 @@ def lane_losses(model: LaneModel, steps: Sequence[Step], loss: Loss = "plain") -
         labels = torch.from_numpy(np.asarray(step.task.train.labels[step.rows])).to(logits.device)
         losses.append(loss_of(logits, labels, loss, step.shares))
     return torch.stack(losses)
+
+
+def _inputs(step: Step, longest: int | None) -> dict[str, NDArray[Any]]:
+    batch = step.task.train.batch(step.rows, longest)
+    return batch if step.views is None else seen(batch, step.views)
 
 
 def row_keys(split: Split, rows: NDArray[np.int64]) -> list[RowKey]:

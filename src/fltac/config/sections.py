@@ -37,7 +37,8 @@ class TaskConfig(Section):
     """One data set. A preset fills what is not given; see ``fltac.data.tasks``."""
 
     preset: str | None = None
-    """Name of a preset (sst2, mrpc, qqp, qnli, rte, cola, mnli, stsb, cifar10, cifar100, digits-...)."""
+    """Name of a preset (sst2, mrpc, qqp, qnli, rte, cola, mnli, stsb, cifar10, cifar10-animal, cifar10-rotation,
+    cifar100, digits-...)."""
     kind: Literal["text", "image"] | None = None
     hub: str | None = None
     """Hub id of a data set; ``subset`` is its configuration."""
@@ -57,10 +58,21 @@ class TaskConfig(Section):
     """Label column."""
     labels: list[str] | None = None
     """Class names in the order of their numbers, where the label column holds names."""
+    classes: dict[str, list[str | int]] | None = None
+    """Another label space from the same column: ``{animal: [bird, cat], vehicle: [ship]}`` makes of each group one
+    class, in this order. Every class of the column stands in one group."""
+    transform: Literal["rotate4"] | None = None
+    """``rotate4``: every image is turned by 0, 90, 180 or 270 degrees, a fixed function of split and row, and the turn
+    is its label; the label column is not read."""
+    mirror: bool | None = None
+    """Whether a mirrored image has the same label, so that ``training.augment`` may mirror it; default: yes, but with
+    ``transform``."""
     metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
     """``pearson`` makes the task a regression with one output."""
     max_rows: Positive | None = None
     """Use the first so many rows of the seeded order of the training rows."""
+    max_validation_rows: Positive | None = None
+    """The same of the validation rows: the rest is never read, nor scored at the end."""
 
 
 class PartitionConfig(Section):
@@ -159,6 +171,9 @@ class TrainingConfig(Section):
     """Cross entropy. ``logit-adjusted``: the logarithm of the slot's own label shares is added to the logits
     (arXiv 2007.07314), so that the adapter need not learn them; ``balanced``: each row weighs inversely to its class's
     share. A regression's loss is always the squared error."""
+    augment: Literal["none", "crop-flip"] = "none"
+    """Images only. ``crop-flip``: at each visit an image is moved by up to an eighth of its size (the gap gets the mean
+    colour) and, where that keeps the label, mirrored in half of all cases."""
     prox: Annotated[float, Field(ge=0)] = 0.0
     """mu of the FedProx term mu/2 |w - w_received|^2 (arXiv 1812.06127)."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

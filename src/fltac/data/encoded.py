@@ -17,6 +17,7 @@ from fltac.data.metrics import score
 from fltac.data.store import Stored, open_or_encode
 from fltac.data.tasks import Kind, ResolvedTask, resolve_task
 from fltac.data.text import text_encoder
+from fltac.errors import InputError
 
 FORMAT_VERSION = 1
 """To be raised when the encoded rows change for the same input."""
@@ -121,6 +122,7 @@ class EncodedTask:
         label_names: Names of the classes where there are any.
         encoder: Fingerprint of the tokenizer, or of the image settings, that the rows were encoded with.
         max_length: Tokens that a row is cut after; None for images.
+        mirror: Whether a mirrored image has the same label.
     """
 
     name: str
@@ -132,6 +134,7 @@ class EncodedTask:
     label_names: tuple[str, ...] | None
     encoder: str
     max_length: int | None = None
+    mirror: bool = True
 
 
 def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
@@ -148,6 +151,11 @@ def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
     encoders: dict[Kind, Encoder] = {}
     out = {}
     for task in resolved:
+        if task.kind != "image" and config.training.augment != "none":
+            raise InputError(
+                f"training.augment: got {config.training.augment!r}, but the task {task.name} is a {task.kind} task; "
+                "allowed is none"
+            )
         raw = load_rows(task, config.federation.seed)
         if task.kind not in encoders:
             encoders[task.kind] = ENCODERS[task.kind](config.backbone, backbone_folder, task)
@@ -162,6 +170,7 @@ def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
             label_names=raw.label_names,
             encoder=encoder.fingerprint,
             max_length=encoder.max_length,
+            mirror=task.mirror,
         )
     return out
 

@@ -28,6 +28,9 @@ from fltac.errors import InputError
 INTERPOLATIONS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of the filters that a batch can be enlarged with; others are applied when encoding."""
 
+QUARTER_TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+"""One, two and three, against the clock; pixels move, nothing is interpolated."""
+
 ORIENTATION = 0x0112
 """Exif tag; the values 5 to 8 exchange width and height."""
 
@@ -74,8 +77,11 @@ class ImageEncoder:
     max_length: None = None
 
     def content(self, split: RawSplit) -> Iterator[bytes]:
-        """The images' files, for a fingerprint."""
-        return image_files(split)
+        """The images' files and how they are turned, for a fingerprint."""
+        if split.turns is not None:
+            yield split.turns.tobytes()
+        for row, value in enumerate(_values(split)):
+            yield _file_bytes(split, row, value)
 
     def encode(self, split: RawSplit) -> Iterator[pa.RecordBatch]:
         """Record batches of ``BATCH`` rows: the pixels of each image and its label."""
@@ -147,13 +153,18 @@ def image_encoder(config: BackboneConfig, folder: str, task: ResolvedTask) -> Im
 
 
 def image_files(split: RawSplit) -> Iterator[bytes]:
-    """Each row's image as the bytes of a file, in whatever format it is stored.
+    """Each row's image as the bytes of a file: as it is stored, or a PNG file of what has been turned.
 
     Raises:
-        InputError: a row has no image, or its file cannot be read.
+        InputError: a row has no image, or its file cannot be read, or not be decoded where it is turned.
     """
     for row, value in enumerate(_values(split)):
-        yield _file_bytes(split, row, value)
+        if split.turns is None:
+            yield _file_bytes(split, row, value)
+        else:
+            buffer = io.BytesIO()
+            _decode(split, row, value).save(buffer, "PNG")
+            yield buffer.getvalue()
 
 
 def _enlarge(pixels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
@@ -210,13 +221,18 @@ def _opened(split: RawSplit, row: int, value: object) -> Image.Image:
 
 
 def _size(split: RawSplit, row: int, value: object) -> tuple[int, int]:
-    """Height and width, from the file's header where the format allows it."""
+    """Height and width as turned, from the file's header where the format allows it."""
     with _decoding(split, row):
         image = _opened(split, row, value)
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
+        lies = image.getexif().get(ORIENTATION, 1) >= 5
+        if split.turns is not None and split.turns[row] % 2:
+            lies = not lies
+        return (image.width, image.height) if lies else (image.height, image.width)
 
 
 def _decode(split: RawSplit, row: int, value: object) -> Image.Image:
+    """The whole image in RGB, turned."""
     with _decoding(split, row):
-        return ImageOps.exif_transpose(_opened(split, row, value)).convert("RGB")
+        image = ImageOps.exif_transpose(_opened(split, row, value)).convert("RGB")
+    turns = 0 if split.turns is None else int(split.turns[row])
+    return image.transpose(QUARTER_TURNS[turns - 1]) if turns else image

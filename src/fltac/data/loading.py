@@ -12,8 +12,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
+from fltac.data.derived import grouped, quarter_turns, turn_labels
 from fltac.data.files import Loader, local_splits, quiet_datasets
-from fltac.data.labels import LabelArray, LabelColumn, read_labels
+from fltac.data.labels import LabelArray, LabelColumn, Labels, read_labels
 from fltac.data.tasks import ResolvedTask
 from fltac.errors import InputError
 from fltac.seeding import generator
@@ -33,6 +34,7 @@ class RawSplit:
         labels: ``[n]`` int64 class numbers, or float32.
         rows: ``[n]`` the rows' numbers in that split, from 0.
         folder: What paths inside the data are relative to.
+        turns: ``[n]`` int64, by how many quarter turns against the clock each image is to be turned; None: by none.
     """
 
     task: ResolvedTask
@@ -41,6 +43,7 @@ class RawSplit:
     labels: LabelArray
     rows: NDArray[np.int64]
     folder: Path
+    turns: NDArray[np.int64] | None = None
 
     def where(self, row: int) -> str:
         """Names a row of ``data`` as the user can find it."""
@@ -62,7 +65,8 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
     """Loads a task.
 
     Where there is no validation split, a seeded share of the training rows is held out; ``max_rows`` then
-    takes the next rows of the same seeded order for training. Errors count rows from 0.
+    takes the next rows of the same seeded order for training. ``max_validation_rows`` takes rows of a seeded order of
+    the validation rows. Errors count rows from 0.
 
     Raises:
         InputError: the data cannot be read, a split or column is missing, a split is empty, a text is
@@ -76,21 +80,32 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
         found[name] = validation
     for split, data in found.items():
         _check_columns(task, split, data)
-    columns = {
-        split: LabelColumn.of(_column(data, task.label), data.features[task.label]) for split, data in found.items()
-    }
-    labels = read_labels(task, columns)
+    turns = {split: quarter_turns(split, len(data)) for split, data in found.items()} if task.transform else {}
+    labels = turn_labels(turns) if turns else _read_labels(task, found)
+    if task.classes is not None:
+        labels = grouped(task, labels)
     train_rows, held_out = choose_rows(task, len(training), validation is None, seed)
     validation_rows = held_out if validation is None else np.arange(len(validation))
+    if task.max_validation_rows is not None:
+        order = generator(seed, "validation-rows", client=task.name).permutation(len(validation_rows))
+        validation_rows = np.sort(validation_rows[order[: task.max_validation_rows]])
 
     def raw(split: str, rows: NDArray[np.int64]) -> RawSplit:
         data = found[split].select_columns(list(task.columns))
         whole = len(rows) == len(data)
         chosen = data if whole else data.select(rows)
         path = task.validation_path if split != task.train_split and task.validation_path else task.path
-        return RawSplit(task, split, chosen, labels.values[split][rows], rows, _folder(path))
+        own = turns[split][rows] if turns else None
+        return RawSplit(task, split, chosen, labels.values[split][rows], rows, _folder(path), own)
 
     return RawTask(task, raw(task.train_split, train_rows), raw(name, validation_rows), labels.names, labels.outputs)
+
+
+def _read_labels(task: ResolvedTask, found: Mapping[str, Dataset]) -> Labels:
+    columns = {
+        split: LabelColumn.of(_column(data, task.label), data.features[task.label]) for split, data in found.items()
+    }
+    return read_labels(task, columns)
 
 
 def choose_rows(
@@ -191,7 +206,8 @@ def _filled(task: ResolvedTask, name: str, data: Dataset) -> Dataset:
 
 
 def _check_columns(task: ResolvedTask, split: str, data: Dataset) -> None:
-    for column, field in [*((column, "columns") for column in task.columns), (task.label, "label")]:
+    needed = [(column, "columns") for column in task.columns]
+    for column, field in needed if task.transform else [*needed, (task.label, "label")]:
         if column not in data.column_names:
             raise InputError(
                 f"{task.key(field)}: the {split} split of {task.source!r} has no column {column!r}; "

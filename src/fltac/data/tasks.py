@@ -6,7 +6,7 @@ GLUE: arXiv 1804.07461. The paper (arXiv 2404.15384) scores SST-2, MRPC, QQP, QN
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fltac.config import TaskConfig
 from fltac.errors import InputError
@@ -14,6 +14,7 @@ from fltac.paths import BUILTIN, expand, resolve
 
 Kind = Literal["text", "image"]
 Metric = Literal["accuracy", "f1", "matthews", "pearson"]
+Transform = Literal["rotate4"]
 
 GLUE = "nyu-mll/glue"
 DIGITS = "builtin:digits"
@@ -33,7 +34,7 @@ def _glue(
     )
 
 
-def _cifar(name: str, label: str) -> TaskConfig:
+def _cifar(name: str, label: str | None, **settings: Any) -> TaskConfig:
     return TaskConfig(
         kind="image",
         hub=f"uoft-cs/{name}",
@@ -41,11 +42,26 @@ def _cifar(name: str, label: str) -> TaskConfig:
         columns=["img"],
         label=label,
         metric="accuracy",
+        **settings,
     )
 
 
 def _digits() -> TaskConfig:
-    return TaskConfig(kind="image", path=DIGITS, validation=0.25, columns=["image"], label="label", metric="accuracy")
+    return TaskConfig(
+        kind="image",
+        path=DIGITS,
+        validation=0.25,
+        columns=["image"],
+        label="label",
+        metric="accuracy",
+        mirror=False,
+    )
+
+
+CIFAR10_GROUPS: dict[str, list[str | int]] = {
+    "animal": ["bird", "cat", "deer", "dog", "frog", "horse"],
+    "vehicle": ["airplane", "automobile", "ship", "truck"],
+}
 
 
 TASK_PRESETS: dict[str, TaskConfig] = {
@@ -58,6 +74,8 @@ TASK_PRESETS: dict[str, TaskConfig] = {
     "mnli": _glue("mnli", ["premise", "hypothesis"], validation_split="validation_matched"),
     "stsb": _glue("stsb", ["sentence1", "sentence2"], metric="pearson"),
     "cifar10": _cifar("cifar10", "label"),
+    "cifar10-animal": _cifar("cifar10", "label", classes=CIFAR10_GROUPS),
+    "cifar10-rotation": _cifar("cifar10", None, transform="rotate4"),
     "cifar100": _cifar("cifar100", "fine_label"),
     "digits-parity": _digits(),
     "digits-high": _digits(),
@@ -86,8 +104,12 @@ class ResolvedTask:
         columns: One or two text columns, or one image column.
         label: Label column.
         labels: Class names in the order of their numbers; None to take them from the data.
+        classes: Groups of the label column's classes that become the task's classes; None to keep those.
+        transform: What is done to every row and makes its label; None to read the label column.
+        mirror: Whether a mirrored image has the same label.
         metric: Pearson makes the task a regression.
         max_rows: Training rows to use at most.
+        max_validation_rows: Validation rows to use at most.
     """
 
     name: str
@@ -106,6 +128,10 @@ class ResolvedTask:
     labels: tuple[str, ...] | None
     metric: Metric
     max_rows: int | None
+    classes: tuple[tuple[str, tuple[str, ...]], ...] | None = None
+    transform: Transform | None = None
+    mirror: bool = True
+    max_validation_rows: int | None = None
 
     @property
     def regression(self) -> bool:
@@ -158,6 +184,7 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
     if merged.labels and len(set(merged.labels)) != len(merged.labels):
         raise InputError(f"tasks.{name}.labels: got {merged.labels}; each name may stand there once")
     validation_path = merged.validation_path
+    _refuse_wrong_labelling(name, merged, kind)
     return ResolvedTask(
         name=name,
         kind=kind,
@@ -175,7 +202,48 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
         labels=tuple(merged.labels) if merged.labels else None,
         metric=merged.metric or "accuracy",
         max_rows=merged.max_rows,
+        classes=_groups(name, merged) if merged.classes is not None else None,
+        transform=merged.transform,
+        mirror=merged.transform is None if merged.mirror is None else merged.mirror,
+        max_validation_rows=merged.max_validation_rows,
     )
+
+
+def _refuse_wrong_labelling(name: str, task: TaskConfig, kind: Kind) -> None:
+    """Raises InputError for settings of labels that exclude each other."""
+    if task.metric == "pearson" and (task.classes is not None or task.transform is not None):
+        field = "transform" if task.classes is None else "classes"
+        raise InputError(f"tasks.{name}.{field}: metric pearson makes a regression, which has no classes")
+    if task.transform is not None and kind != "image":
+        raise InputError(f"tasks.{name}.transform: got {task.transform!r}; allowed with image tasks only")
+    if task.transform is not None and task.labels:
+        raise InputError(
+            f"tasks.{name}.labels: transform {task.transform!r} makes the labels, which have names already"
+        )
+    if task.mirror is not None and kind != "image":
+        raise InputError(f"tasks.{name}.mirror: got {task.mirror}; allowed with image tasks only")
+
+
+def _groups(name: str, task: TaskConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """``classes`` with every name as text.
+
+    Raises:
+        InputError: there are fewer than two groups, one is empty, or a class stands there twice.
+    """
+    key, classes = f"tasks.{name}.classes", task.classes or {}
+    if len(classes) < 2:
+        raise InputError(f"{key}: got {len(classes)} groups; allowed are two or more")
+    seen: dict[str, str] = {}
+    for group, members in classes.items():
+        if not members:
+            raise InputError(f"{key}.{group}: the group is empty; each needs a class of the label column")
+        for member in map(str, members):
+            if member in seen:
+                raise InputError(
+                    f"{key}: {member!r} stands in {seen[member]} and in {group}; each class may stand once"
+                )
+            seen[member] = group
+    return tuple((group, tuple(map(str, members))) for group, members in classes.items())
 
 
 def _merged(name: str, task: TaskConfig) -> TaskConfig:

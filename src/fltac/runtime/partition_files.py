@@ -104,6 +104,8 @@ def _write_client(folder: Path, client: str, partition: Partition, tasks: Mappin
             "labels": None if setting.regression else class_names(task),
             "metric": setting.metric,
         }
+        if not setting.mirror:
+            own[name]["mirror"] = False
         if own[name]["labels"] is None:
             del own[name]["labels"]
     tree = {"client": client, "tasks": own}

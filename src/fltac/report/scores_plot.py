@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fltac.report.compare import label_of, majority_of, score_of, tasks_of
 from fltac.report.partition_plot import check_plot_file, save
@@ -22,6 +23,11 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
         InputError: see :func:`fltac.report.partition_plot.check_plot_file`.
     """
     check_plot_file(path)
+    save(scores_figure(results), path)
+
+
+def scores_figure(results: Sequence[Result]) -> Any:
+    """The same as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     tasks, majority = tasks_of(results), majority_of(results)
@@ -48,4 +54,4 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
     axes.set_ylabel("score")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    save(figure, path)
+    return figure

@@ -11,8 +11,8 @@ from fltac.reproduce.two_sines import ARMS, LEARNING_RATE, NOISE, Errors, errors
 from fltac.runtime.progress import Progress
 
 WIDTHS: Final[dict[Scale, tuple[int, ...]]] = {
-    "small": (3, 4, 6, 8, 12, 16, 24, 32),
-    "paper": (3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+    "small": (3, 5, 7, 9, 12, 16, 24, 32),
+    "paper": (3, 5, 7, 9, 12, 16, 24, 32, 48, 64),
 }
 POINTS: Final[dict[Scale, int]] = {"small": 200, "paper": 1000}
 SEEDS: Final = 10

@@ -19,7 +19,7 @@ from fltac.seeding import derive, generator
 PHASES: Final = (0.0, 0.5)
 NOISE: Final = (0.1, 0.3)
 """Standard deviation of the targets' noise; the paper says only that the second is larger."""
-LEARNING_RATE: Final = 0.01
+LEARNING_RATE: Final = 0.03
 TEST_POINTS: Final = 200
 
 ARMS: Final = ("one", "told", "two")
@@ -103,13 +103,15 @@ def _trained(rows: Tensor, targets: Tensor, tests: Tensor, hidden: int, epochs: 
     first, shift, second, offset = weights
 
     def answers(x: Tensor) -> Tensor:
-        return (torch.tanh(x @ first + shift) @ second + offset).squeeze(2)
+        out: Tensor = torch.tanh(x @ first + shift) @ second + offset
+        return out.squeeze(2)
 
     adam = torch.optim.Adam(weights, LEARNING_RATE)
     for _ in range(epochs):
         adam.zero_grad()
         # A sum over nets of each one's mean: no net's gradient depends on how many there are.
-        ((answers(rows) - targets) ** 2).mean(dim=1).sum().backward()
+        loss = ((answers(rows) - targets) ** 2).mean(dim=1).sum()
+        torch.autograd.backward(loss)
         adam.step()
     with torch.no_grad():
         return answers(tests)

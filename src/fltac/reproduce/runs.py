@@ -84,8 +84,11 @@ def runs_of(order: Order, part: str, methods: Sequence[str], overrides: Override
         InputError: a config is missing or wrong, names a place that is not there, or a run directory is occupied.
     """
     runs = []
+    settings = overrides.config(part)
+    for text in settings:
+        if text.startswith(("method=", "output.dir=")):
+            raise InputError(f"{text.partition('=')[0]}: not allowed here; methods=a,b says which methods are run")
     for method in methods:
-        settings = overrides.config(part)
         config = config_of(order, part, method, settings)
         for seed in range(config.federation.seed, config.federation.seed + (order.seeds or 1)):
             seeded = config_of(order, part, method, [*settings, f"federation.seed={seed}"])

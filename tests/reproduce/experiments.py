@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import yaml
-from runtime.owners import WORDS, tiny_backbone
 
 from fltac.reproduce.order import Order, Scale
+from runtime.owners import WORDS, tiny_backbone
 
 COLUMNS = {"rte": ("sentence1", "sentence2"), "sst2": ("sentence",)}
 
@@ -38,7 +38,9 @@ def write_experiments(folder: Path, tiny_vit: Path) -> Path:
     return configs
 
 
-def order(name: str, out: Path, configs: Path, *overrides: str, seeds: int | None = None, scale: Scale = "small") -> Order:
+def order(
+    name: str, out: Path, configs: Path, *overrides: str, seeds: int | None = None, scale: Scale = "small"
+) -> Order:
     return Order(name, scale, overrides, seeds, out, configs)
 
 

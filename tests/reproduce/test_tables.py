@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reproduce.experiments import order, read, write_experiments
 
 from fltac.config import load_config
 from fltac.errors import InputError
+from fltac.model.backbone import load_backbone
 from fltac.reproduce import paper, runs
+from fltac.reproduce.order import sort_overrides
 from fltac.reproduce.registry import reproduce
 from fltac.runtime import experiment
 from fltac.runtime.progress import Silent
+from reproduce.experiments import order, read, write_experiments
 
 METHODS = "methods=zero,fedit,fltac-paper,oracle"
 
@@ -58,9 +60,9 @@ def test_the_table_says_what_differs(table1: Path) -> None:
     assert "rank" not in differs, "the two scales have the same one"
     text = (table1 / "table1.md").read_text()
     assert "A (glue): data rte: 2.4% of the training rows" in text
-    paper_row = next(line for line in text.splitlines() if "| paper |" in line.replace("  ", "") or "paper" in line.split("|")[2:3])
-    assert "0.524" in paper_row or "0.524" in text
-    assert "one seed" in text
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    below = next(cells[row + 1] for row, line in enumerate(cells) if line[1] == "fedit")
+    assert below[1:5] == ["", "paper", "0.524", "0.652"]
 
 
 def test_what_is_finished_is_not_run_again(table1: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,18 +150,17 @@ def test_a_hub_out_of_reach_is_named(tmp_path: Path) -> None:
     """The committed config of the paper's scale; the tests have no hub."""
     configs = Path(__file__).parents[2] / "configs" / "paper"
     config = load_config(configs / "glue-bert.yaml")
-    with pytest.raises(InputError, match=r"google-bert/bert-base-cased' cannot be loaded.*local Hugging Face folder"):
+    with pytest.raises(InputError, match=r"'nyu-mll/glue/qnli' could not be loaded .*with data_root= .*local files"):
         experiment.run(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"google-bert/bert-base-cased' cannot be loaded.*local Hugging Face folder"):
+        load_backbone(config.backbone, "text")
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_for_one_experiment(tiny: Path, tmp_path: Path) -> None:
-    from fltac.reproduce.order import sort_overrides
-
     wanted = order("table1", tmp_path, tiny)
     overrides = sort_overrides(["lora.rank=2", "cifar.lora.rank=3"], parts=("glue", "cifar"))
-    ranks = {
-        part: runs.runs_of(wanted, part, ["fltac"], overrides)[0].config.lora.rank for part in ("glue", "cifar")
-    }
+    ranks = {part: runs.runs_of(wanted, part, ["fltac"], overrides)[0].config.lora.rank for part in ("glue", "cifar")}
     assert ranks == {"glue": 2, "cifar": 3}
 
 
@@ -169,5 +170,3 @@ def test_the_papers_mean_is_that_of_its_categories() -> None:
         categories = [score for name, score in row.items() if name != "mean"]
         assert len(categories) == 8
         assert statistics.mean(categories) == pytest.approx(row["mean"], abs=0.006)
-
-

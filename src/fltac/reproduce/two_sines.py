@@ -65,7 +65,7 @@ def errors(width: int, seeds: Sequence[int], points: int, epochs: int) -> Errors
         hidden = small if arm == "two" else width
         rows, targets, tests = _for_arm(arm, x, y, grid)
         nets = torch.Generator().manual_seed(derive(seeds[0], f"two-sines-{arm}-{width}"))
-        answers = _trained(rows, targets, tests, hidden, epochs, nets).reshape(len(seeds), 2, TEST_POINTS)
+        answers = trained(rows, targets, tests, hidden, epochs, nets).reshape(len(seeds), 2, TEST_POINTS)
         out[arm] = ((answers - truth) ** 2).mean(dim=2).double().numpy()
     return Errors(width, small, out)
 
@@ -93,7 +93,7 @@ def _numbered(x: Tensor) -> Tensor:
     return torch.cat([x, number], dim=3)
 
 
-def _trained(rows: Tensor, targets: Tensor, tests: Tensor, hidden: int, epochs: int, draw: torch.Generator) -> Tensor:
+def trained(rows: Tensor, targets: Tensor, tests: Tensor, hidden: int, epochs: int, draw: torch.Generator) -> Tensor:
     """Answers of the trained nets on the test rows: ``[nets, rows]``. One hidden layer, tanh, Adam, MSE."""
     nets, inputs = rows.shape[0], rows.shape[2]
     bound = inputs**-0.5

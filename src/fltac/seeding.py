@@ -4,7 +4,8 @@ Nothing depends on the order in which clients are visited: each choice has its o
 is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``,
 ``client-rows``, ``client-quarter``, ``slots``, ``validation-split``, ``initial-adapter``,
 ``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
-``embedding``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``; with seed 0, whatever the
+``embedding``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``, ``two-sines-data``,
+``two-sines-<arm>-<width>``; with seed 0, whatever the
 run's, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
 """
 

@@ -112,7 +112,11 @@ def common_differences(block: Block, papers: Mapping[str, Config]) -> list[str]:
             shares.append(f"{task}: {train} rows, {validation} held out")
             continue
         whole = WHOLE[preset]
-        said = [_share(train, whole[0], "training"), _share(validation, whole[1], "validation")]
+        held_out = ours.tasks[task].validation is not None
+        own = (
+            f"scored on {validation} rows held out of them" if held_out else _share(validation, whole[1], "validation")
+        )
+        said = [_share(train, whole[0], "training"), own]
         shares += [f"{task}: {text}" for text in said if text]
     if shares:
         out.append("data " + ", ".join(shares))

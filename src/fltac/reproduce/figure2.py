@@ -104,10 +104,11 @@ def _radar(values: Mapping[str, Mapping[str, float]]) -> Any:
     angles = [2 * pi * number / len(tasks) for number in range(len(tasks))]
     figure = Figure(figsize=(7.4, 5), layout="constrained")
     axes = figure.add_subplot(projection="polar")
-    for number, (method, row) in enumerate(values.items()):
+    methods = [method for method in values if method != "majority"]
+    for method, row in values.items():
         around = [row.get(task, float("nan")) for task in tasks]
         majority = method == "majority"
-        colour = "#c0392b" if majority else COLOURS[number % len(COLOURS)]
+        colour = "#c0392b" if majority else COLOURS[methods.index(method) % len(COLOURS)]
         style: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2} if majority else {"linewidth": 1.6}
         axes.plot([*angles, angles[0]], [*around, around[0]], color=colour, label=method, **style)
     shown = [value for row in values.values() for value in row.values()]

@@ -20,6 +20,7 @@ from fltac.client_commands import client_app
 from fltac.config import Config, load_config
 from fltac.errors import InputError, RunError
 from fltac.flower_commands import flower_app
+from fltac.reproduce_command import reproduce
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(client_app, name="client")
@@ -202,6 +203,9 @@ def compare(directories: RunFolders, json: Json = False) -> None:
         _print_json(comparison_json(results))
     else:
         print(comparison_table(results), end="")
+
+
+app.command()(reproduce)
 
 
 def _run_one(config: Config, folder: Path) -> Mapping[str, Any]:

@@ -60,7 +60,7 @@ def comparison_table(results: Sequence[Result]) -> str:
             text = _text(value)
             cells.append(f"**{text}**" if index in bold[column] else text)
         rows.append([label, *cells, *_facts(result)])
-    return f"{_markdown(rows)}\n\n{CAPTION}\n"
+    return f"{markdown_table(rows)}\n\n{CAPTION}\n"
 
 
 def comparison_json(results: Sequence[Result]) -> dict[str, object]:
@@ -176,7 +176,7 @@ def _values(value: Spread | None) -> dict[str, float | None] | None:
     return None if value is None else {"mean": value.mean, "std": value.deviation}
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their width, so that the source reads as well as the page."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     head, *body = (

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fltac.report.compare import label_of, majority_of, score_of, tasks_of
 from fltac.report.partition_plot import check_plot_file, save
@@ -22,13 +23,18 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
         InputError: see :func:`fltac.report.partition_plot.check_plot_file`.
     """
     check_plot_file(path)
+    save(scores_figure(results), path)
+
+
+def scores_figure(results: Sequence[Result]) -> Any:
+    """The same as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     tasks, majority = tasks_of(results), majority_of(results)
     figure = Figure(figsize=(max(7.0, 1.7 * len(tasks)), 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(results)
-    lowest = 1.0
+    lowest, highest = 1.0, 1.0
     for index, result in enumerate(results):
         spreads = [score_of(result, task) for task in tasks]
         places = [column - 0.4 + width * (index + 0.5) for column in range(len(tasks))]
@@ -37,6 +43,7 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
         colour = COLOURS[index % len(COLOURS)]
         axes.bar(places, heights, width * 0.92, yerr=errors, label=label_of(result), color=colour, ecolor="#333333")
         lowest = min([lowest, *(height for height in heights if height)])
+        highest = max([highest, *(1.05 * height for height in heights if height > 1)])  # a loss
     for column, task in enumerate(tasks):
         if task in majority:
             ends = [column - 0.42, column + 0.42]
@@ -44,8 +51,8 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
             axes.plot(ends, [majority[task]] * 2, color="#c0392b", linewidth=1.4, linestyle="--", label=label)
             lowest = min(lowest, majority[task])
     axes.set_xticks(range(len(tasks)), labels=tasks)
-    axes.set_ylim(max(0.0, lowest - 0.1), 1.0)
+    axes.set_ylim(max(0.0, lowest - 0.1), highest)
     axes.set_ylabel("score")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    save(figure, path)
+    return figure

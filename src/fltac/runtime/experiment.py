@@ -16,7 +16,7 @@ from fltac.records import RoundReport, ServerState
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.export import export_clusters
 from fltac.runtime.lane_setup import available_cores, choose_plan
-from fltac.runtime.loop import Record, as_sent, federate
+from fltac.runtime.loop import Record, Watch, as_sent, federate
 from fltac.runtime.meter import Meter
 from fltac.runtime.progress import Progress, Silent
 from fltac.runtime.run_directory import RunDirectory, create, open_existing, refuse_occupied
@@ -40,13 +40,16 @@ class RunResult:
     summary: Mapping[str, Any]
 
 
-def run(config: Config, out: str | Path | None = None, progress: Progress | None = None) -> RunResult:
+def run(
+    config: Config, out: str | Path | None = None, progress: Progress | None = None, watch: Watch | None = None
+) -> RunResult:
     """Runs an experiment in this process.
 
     Args:
         config: From ``load_config``.
         out: The run directory, which must be empty or missing; default: ``output.dir``, else ``runs/<method>``.
         progress: Told what happens; default: nobody.
+        watch: Shown each round's replies; it does not change the run.
 
     Raises:
         InputError: the configuration, the data or the backbone is wrong, or the folder is not empty.
@@ -58,11 +61,11 @@ def run(config: Config, out: str | Path | None = None, progress: Progress | None
     directory.write_lanes(_lane_plan(experiment))
     state = _first_state(experiment)
     keep_first(directory, state)
-    return _continue(experiment, directory, state, progress or Silent())
+    return _continue(experiment, directory, state, progress or Silent(), watch)
 
 
-def resume(directory: str | Path, progress: Progress | None = None) -> RunResult:
-    """Continues a run after its last checkpoint; a finished run is returned as it is.
+def resume(directory: str | Path, progress: Progress | None = None, watch: Watch | None = None) -> RunResult:
+    """Continues a run after its last checkpoint; a finished run is returned as it is. Arguments as for :func:`run`.
 
     Raises:
         InputError: not a run directory, a damaged checkpoint, or the config, the data or the backbone have changed.
@@ -79,7 +82,7 @@ def resume(directory: str | Path, progress: Progress | None = None) -> RunResult
     if state is None:
         state = _first_state(experiment)
         keep_first(opened, state)
-    return _continue(experiment, opened, state, progress or Silent())
+    return _continue(experiment, opened, state, progress or Silent(), watch)
 
 
 def evaluate(directory: str | Path, progress: Progress | None = None) -> Record:
@@ -134,7 +137,9 @@ def _opened(path: Path) -> tuple[RunDirectory, Experiment, ServerState]:
     return opened, experiment, checkpoint.state
 
 
-def _continue(experiment: Experiment, directory: RunDirectory, state: ServerState, progress: Progress) -> RunResult:
+def _continue(
+    experiment: Experiment, directory: RunDirectory, state: ServerState, progress: Progress, watch: Watch | None
+) -> RunResult:
     config, model = experiment.config, experiment.model
     torch.set_num_threads(config.training.threads or available_cores())
     plan = directory.lanes() or {}
@@ -160,7 +165,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
         progress.message(line)
     progress.start(config.rounds, total)
     try:
-        state = federate(state, config.rounds, config, simulation, judge, keep, meter.on_round, groups)
+        state = federate(state, config.rounds, config, simulation, judge, keep, meter.on_round, groups, watch)
         records = directory.rounds()
         last = records[-1] if records else untrained_record(experiment, state)
         if config.output.adapters and config.training.trainable != "all":

@@ -13,6 +13,8 @@ from fltac.wire.codec import decode_adapter, encode_adapter
 
 Record = dict[str, Any]
 """A line of ``rounds.jsonl``."""
+Watch = Callable[[ServerState, Sequence[Reply]], None]
+"""Looks at a finished round's replies from outside; nothing of it comes back."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def federate(
     keep: Callable[[ServerState, Record], None],
     on_round: Callable[[int, Sequence[Request]], None] = lambda _number, _requests: None,
     groups: Mapping[SlotKey, int] | None = None,
+    watch: Watch | None = None,
 ) -> ServerState:
     """Runs the rounds that are left.
 
@@ -98,6 +101,7 @@ def federate(
         keep: Called with the state and the record after each round; it makes them last.
         on_round: Called with a round's number and requests before they are sent.
         groups: Opaque group numbers for the clustering rule ``given``.
+        watch: Told of each round before it is kept, so that what it writes is there for all rounds that are.
 
     Returns:
         The state after the last round.
@@ -141,5 +145,7 @@ def federate(
             record["rejections"] = [
                 {"client": item.client, "slot": item.slot, "reason": item.reason} for item in report.rejections
             ]
+        if watch is not None:
+            watch(state, exchange.replies)
         keep(state, record | runtime.notes())
     return state

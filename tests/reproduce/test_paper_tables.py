@@ -113,7 +113,7 @@ def test_an_interrupted_table_goes_on(tiny: Path, tmp_path: Path, monkeypatch: p
     [
         (["methods=zero,fedti"], "methods: got 'fedti'; allowed are zero, local, fedit"),
         (["method=fedit"], "method: not allowed here; methods=a,b says which methods are run"),
-        (["lora.ranks=2"], "lora.ranks: unknown key; did you mean lora.rank?"),
+        (["lora.ranq=2"], "lora.ranq: unknown key; did you mean lora.rank?"),
         (["glue.data_root=${NO_SUCH_VARIABLE}/data"], "NO_SUCH_VARIABLE, which is not set"),
         (["glue.data_root=/no/such/folder"], "data_root: '/no/such/folder': there is no folder"),
     ],

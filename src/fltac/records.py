@@ -125,6 +125,7 @@ class Request:
             continue from is in ``adapters``.
         candidates: Clusters, all in ``adapters``, of which the client is to choose one for each of its slots by
             itself; empty where the server has decided.
+        profile: Whether a profile of each slot is asked for, too.
     """
 
     round_number: int
@@ -133,6 +134,7 @@ class Request:
     adapters: Mapping[int, Adapter]
     initial: Adapter | None
     candidates: tuple[int, ...] = ()
+    profile: bool = False
 
     def sent(self, slot: int) -> Adapter | None:
         """The cluster's adapter that a slot was sent; None where it was to begin from v0."""
@@ -148,7 +150,8 @@ class Request:
 class Update:
     """One slot's trained adapter, as uploaded.
 
-    ``cluster`` is the candidate that the client chose and began from, where it was asked to choose.
+    ``cluster`` is the candidate that the client chose and began from, where it was asked to choose. ``profile`` is
+    float32 ``[hidden]``, the mean feature of some of the slot's rows (``client.profile``), where that was asked for.
     """
 
     client: str
@@ -156,6 +159,7 @@ class Update:
     adapter: Adapter
     examples: int
     cluster: int | None = None
+    profile: FloatArray | None = None
 
     @property
     def key(self) -> SlotKey:

@@ -42,6 +42,7 @@ RULES = {
     "cfl": ("method=cfl", *SPLITS),
     "fedlease": ("method=fedlease",),
     "lever": LEVER,
+    "profiles": ("server.clustering.profile_rows=8", "server.clustering.profile_noise=0.01"),
     # With rules of aggregation that send less than an adapter, one cut to a rank, or one with a frozen part.
     "lever-ffa": (*LEVER, "server.aggregation.rule=ffa"),
     "lever-hetlora": (*LEVER, "server.aggregation.rule=hetlora", "lora.rank=3", "lora.ranks.client-01=1"),

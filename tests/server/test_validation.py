@@ -1,11 +1,18 @@
 """Every fault of a reply is named, and what is good in the round is kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from fltac.records import Rejection, Reply
+from fltac.records import Rejection, Reply, Request
 from fltac.server.validation import LARGEST, Expectations, Expected, accept_updates, update_fault
 from server.builders import adapter, reply, server, state, update
+
+
+def asked(*clients: str, **more: bool) -> list[Request]:
+    return [Request(1, client, {}, {}, None, **more) for client in clients]
+
 
 INITIAL = state("a", "b").initial
 EXPECTED = Expectations(INITIAL, server(), 1)
@@ -45,7 +52,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_upload_is_named_and_the_others_are_used(fault: str) -> None:
     tensors, reason = FAULTS[fault]
-    updates, rejections = accept_updates([reply("b", GOOD), reply("a", GOOD, tensors)], ["a", "b"], EXPECTED)
+    updates, rejections = accept_updates([reply("b", GOOD), reply("a", GOOD, tensors)], asked("a", "b"), EXPECTED)
     assert [item.key for item in updates] == [("a", 0), ("b", 0)]
     assert rejections == [Rejection("a", 1, reason)]
 
@@ -69,7 +76,7 @@ def test_faults_beside_the_tensors(item: object, reason: str) -> None:
 
 def test_clients_that_fail_are_silent_or_were_not_asked() -> None:
     replies = [Reply("a", error="out of memory"), reply("x", GOOD), reply("c", GOOD), reply("c", adapter(9, 9))]
-    updates, rejections = accept_updates(replies, ["a", "b", "c"], EXPECTED)
+    updates, rejections = accept_updates(replies, asked("a", "b", "c"), EXPECTED)
     assert [item.client for item in updates] == ["c"]
     assert updates[0].adapter is GOOD
     assert set(rejections) == {
@@ -82,7 +89,10 @@ def test_clients_that_fail_are_silent_or_were_not_asked() -> None:
 
 def test_the_order_of_replies_does_not_matter() -> None:
     replies = [reply("a", GOOD, GOOD), reply("b", GOOD)]
-    one, other = accept_updates(replies, ["a", "b"], EXPECTED), accept_updates(replies[::-1], ["b", "a"], EXPECTED)
+    one, other = (
+        accept_updates(replies, asked("a", "b"), EXPECTED),
+        accept_updates(replies[::-1], asked("b", "a"), EXPECTED),
+    )
     assert [item.key for item in one[0]] == [item.key for item in other[0]] == [("a", 0), ("a", 1), ("b", 0)]
 
 
@@ -102,3 +112,26 @@ def test_an_upload_has_both_parts_of_each_head_that_it_holds() -> None:
         assert update_fault(update("a", 0, tensors), "a", set(), expected) is None
     part = {name: tensor for name, tensor in both.items() if name != "head.1.bias"}
     assert update_fault(update("a", 0, part), "a", set(), expected) == "tensor head.1.bias is missing"
+
+
+def test_profiles_are_checked_and_may_be_missing() -> None:
+    settings = server("server.clustering.profile_rows=8", "server.clustering.profile_noise=0.1")
+    expected = Expectations(INITIAL, settings, 1)
+    good = np.array([0.6, 0.8, 0.0], np.float32)
+    faults = {
+        "a": (good, None),
+        "b": (good[:2], "profile has shape [2] and dtype float32; expected [3] of float32"),
+        "c": (good * np.float32("nan"), "profile has norm nan; allowed are up to 2.74"),
+        "d": (good * 9, "profile has norm 9; allowed are up to 2.74"),
+        "e": (good.astype(np.float64), "profile has shape [3] and dtype float64; expected [3] of float32"),
+        "f": (None, None),
+    }
+    replies = [
+        Reply(client, (replace(update(client, 0, GOOD), profile=profile),)) for client, (profile, _) in faults.items()
+    ]
+    updates, rejections = accept_updates(replies, asked(*faults, profile=True), expected)
+    assert [item.client for item in updates] == ["a", "f"]
+    told = {item.client: item.reason for item in rejections}
+    assert all(told[client].startswith(reason) for client, (_, reason) in faults.items() if reason is not None)
+    unasked, (rejection,) = accept_updates(replies[:1], asked("a"), expected)
+    assert (unasked, rejection.reason) == ([], "has a profile that was not asked for")

@@ -49,7 +49,8 @@ def requests(draw: st.DrawFn) -> Request:
     slots = draw(st.dictionaries(small, st.sampled_from(sorted(sent)), max_size=4)) if sent else {}
     initial = draw(st.none() | adapters)
     candidates = tuple(draw(st.lists(st.sampled_from(sorted(sent)), unique=True))) if sent else ()
-    return Request(draw(st.integers(0, 9999)), draw(st.text(max_size=5)), slots, sent, initial, candidates)
+    client, profile = draw(st.text(max_size=5)), draw(st.booleans())
+    return Request(draw(st.integers(0, 9999)), client, slots, sent, initial, candidates, profile)
 
 
 @st.composite
@@ -57,7 +58,15 @@ def replies(draw: st.DrawFn) -> Reply:
     client = draw(st.text(max_size=5))
     slots = draw(st.lists(small, unique=True, max_size=3))
     updates = tuple(
-        Update(client, slot, draw(adapters), draw(st.integers(-1, 10**9)), draw(st.none() | small)) for slot in slots
+        Update(
+            client,
+            slot,
+            draw(adapters),
+            draw(st.integers(-1, 10**9)),
+            draw(st.none() | small),
+            draw(st.none() | arrays(np.float32, 3)),
+        )
+        for slot in slots
     )
     return Reply(client, updates, draw(st.none() | st.text()))
 
@@ -220,6 +229,11 @@ BAD_REPLIES = [
     (reply_bytes({**GOOD_REPLY, "slots": [[1, 2], [1, 3]]}), "slots names a slot twice"),
     (reply_bytes(GOOD_REPLY, {"1/a": np.zeros(1, np.float32)}), "tensor '1/a': belongs to none .* groups 0"),
     (reply_bytes({**GOOD_REPLY, "chosen": [[3, 1]]}), "chosen names slot 3, of which there is no update"),
+    (
+        reply_bytes({**GOOD_REPLY, "profiles": True}, {"profile/3": np.zeros(2, np.float32)}),
+        "a profile of slot 3, of which there is no update",
+    ),
+    (reply_bytes(GOOD_REPLY, {"profile/0": np.zeros(2, np.float32)}), "tensor 'profile/0': belongs to none"),
     (reply_bytes({**GOOD_REPLY, "chosen": [[0, None]]}), "chosen holds None; expected an integer"),
     (reply_bytes({**GOOD_REPLY, "chosen": [[0, 1], [0, 2]]}), "chosen names a slot twice"),
     (reply_bytes({**GOOD_REPLY, "chosen": None}), "chosen is None; expected a list"),

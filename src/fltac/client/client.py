@@ -12,7 +12,7 @@ from fltac.client.training import Step, Trained, TrainJob
 from fltac.config import Config, TrainingConfig
 from fltac.data.augment import Views, draw_views
 from fltac.data.encoded import EncodedTask
-from fltac.records import HEAD, LORA_A, Adapter, Reply, Request, Update, at_rank, is_head
+from fltac.records import HEAD, LORA_A, Adapter, FloatArray, Reply, Request, Update, at_rank, is_head
 from fltac.seeding import derive, generator
 
 
@@ -114,14 +114,22 @@ def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64
     return np.asarray(counts / counts.sum())
 
 
-def reply_of(client: Client, trained: Sequence[Trained], request: Request | None = None) -> Reply:
+def reply_of(
+    client: Client,
+    trained: Sequence[Trained],
+    request: Request | None = None,
+    profiles: Mapping[int, FloatArray] | None = None,
+) -> Reply:
     """The upload of all of a client's slots: of each what was trained, at the rank that it was sent.
 
-    With the clusters that the slots chose, where a request let them choose.
+    With the clusters that the slots chose, where a request let them choose, and profiles by slot, if there are any.
     """
     chosen = request.slots if request is not None and request.candidates else {}
+    said = profiles or {}
     updates = tuple(
-        Update(client.id, one.job.slot, _uploaded(one), one.job.examples, chosen.get(one.job.slot)) for one in trained
+        Update(client.id, slot, _uploaded(one), one.job.examples, chosen.get(slot), said.get(slot))
+        for one in trained
+        for slot in [one.job.slot]
     )
     return Reply(client.id, updates)
 

@@ -47,6 +47,9 @@ class Limits(Section):
     """The most optimizer steps of one task in a round; default: whatever the coordinator asks for."""
     message_mb: Positive = 1024
     """The largest question that is read, in MiB."""
+    profile: bool = False
+    """Whether the coordinator may have profiles (``server.clustering.profile_rows``): vectors that say what the rows
+    are about."""
 
 
 class ClientSection(Section):

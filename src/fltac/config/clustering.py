@@ -6,6 +6,9 @@ from pydantic import Field
 
 from fltac.config.section import Positive, Section
 
+COUNTING = ("cfl", "fedlease")
+"""Rules that find K by themselves where it is not given; the others take the number of tasks."""
+
 
 class ClusteringConfig(Section):
     """How the server groups the uploads."""
@@ -32,6 +35,13 @@ class ClusteringConfig(Section):
     hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
     with ``k: auto`` another K the error of its prediction) by more than this share."""
+    profile_rows: Annotated[int, Field(ge=0)] = 0
+    """``spectral``: with the first upload of a slot its client also sends a profile, the mean of what the frozen
+    backbone makes of so many of its training rows, which is compared, too. It says what the rows are about."""
+    profile_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of the Gaussian noise that the client adds to each number of a profile."""
+    profile_weight: Annotated[float, Field(gt=0)] = 2.0
+    """Of the cosine of profiles in the kernel; that of the body and that of the head have 1 each."""
     assign: Literal["uploads", "loss"] = "uploads"
     """``loss``: with ``kmeans`` and ``spectral``, from the round ``assign_from`` on clients choose among the clusters'
     adapters by the loss on their own rows, as with ``ifca``."""
@@ -77,6 +87,10 @@ def clustering_fault(config: ClusteringConfig, aggregation: str, pooled: bool) -
         return f"server.clustering.assign: got 'loss' with rule={rule}; allowed with kmeans and spectral"
     if config.held_back and not config.scores:
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
+    if config.profile_rows and rule != "spectral":
+        return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
+    if config.profile_noise and not config.profile_rows:
+        return "server.clustering.profile_noise needs profile_rows, to whose profiles it is added"
     if pooled and config.scores:
         return "federation.pool: there is nothing to choose by loss (rule=ifca, assign=loss)"
     if config.scores and aggregation == "fedsa":

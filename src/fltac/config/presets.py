@@ -14,6 +14,8 @@ OWNED: Tree = {
             "head": True,
             "cannot_link": True,
             "starts": 20,
+            "profile_rows": 0,
+            "profile_noise": 0.0,
             "assign": "uploads",
             "assignment_loss": "plain",
             "held_back": 0.0,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fltac.config.aggregation import AggregationConfig, aggregation_fault
-from fltac.config.clustering import ClusteringConfig, clustering_fault
+from fltac.config.clustering import COUNTING, ClusteringConfig, clustering_fault
 from fltac.config.section import Positive, Section
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -293,7 +293,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         grouping = self.server.clustering
-        if not self.tasks and grouping.k is None and grouping.rule not in ("cfl", "fedlease"):
+        if not self.tasks and grouping.k is None and grouping.rule not in COUNTING:
             raise ValueError("tasks: there are none; without tasks server.clustering.k has to be given")
         if self.training.trainable == "all" and not self.pooled:
             raise ValueError("training.trainable=all needs federation.pool=sum or single")

@@ -5,6 +5,7 @@ scores; an error that it answers names client, slot and tensor, never a task, a 
 """
 
 import logging
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from fltac.client.assignment import choose
 from fltac.client.client import plan_jobs, reply_of
+from fltac.client.profile import profiles_of
 from fltac.client.training import TrainJob, train
 from fltac.config import Config, load_config
 from fltac.config.client_file import load_client_file
@@ -21,7 +23,7 @@ from fltac.config.loading import parse_yaml
 from fltac.data.metrics import predictions_from_logits, score
 from fltac.errors import InputError
 from fltac.evaluation import evaluation_rows, predict_logits, with_head
-from fltac.records import BASE_A, BASE_B, HEAD, LORA_A, LORA_B, Adapter, Reply, Request, is_base, is_head
+from fltac.records import BASE_A, BASE_B, HEAD, LORA_A, LORA_B, Adapter, FloatArray, Reply, Request, is_base, is_head
 from fltac.runtime.owner import Owner, load_owner
 from fltac.wire.blob import WireError
 from fltac.wire.node_protocol import (
@@ -61,6 +63,8 @@ class Node:
         self._id = owner.client.id
         self._limit = owner.file.limits.message_mb * 2**20
         self._initial: Adapter | None = None
+        # Nobody else's: a run's seed is known to the server, which could take the noise away again.
+        self._noise_seed = secrets.randbits(63)
 
     @classmethod
     def open(cls, config: Config, client_file: Path) -> "Node":
@@ -120,9 +124,17 @@ class Node:
             config = owner.config
             request = chosen(owner, request, self._initial)
             jobs = owner_jobs(owner, request, self._initial)
+            profiles = self._profiles(owner) if request.profile else {}
             trained = train(owner.model, jobs, config.training, config.lora.dropout, owner.plan)
-            return reply_of(owner.client, trained, request)
+            return reply_of(owner.client, trained, request, profiles)
         return scores(owner, owner_jobs(owner, request, self._initial), question.max_rows)
+
+    def _profiles(self, owner: Owner) -> dict[int, FloatArray]:
+        """None where the owner does not allow them; the server then groups by the adapters alone."""
+        if not owner.file.limits.profile:
+            log.info("the coordinator asks for profiles, which limits.profile of the client file does not allow")
+            return {}
+        return profiles_of(owner.model, owner.client, owner.config, self._noise_seed)
 
     def _current(self) -> Owner:
         if self._owner is None or self._owner.file.stamp() != self._owner.stamp:

@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from fltac.config import Config, FederationConfig, to_yaml
+from fltac.config.clustering import COUNTING
 from fltac.data.image import image_files
 from fltac.data.loading import RawSplit, RawTask, load_rows
 from fltac.data.partition import Partition, make_partition
@@ -65,7 +66,7 @@ def write_partition(config: Config, out: Path) -> list[Path]:
         try:
             draft.chmod(0o755)
             for client in holders:
-                _write_client(draft / client, client, partition, tasks)
+                _write_client(draft / client, client, partition, tasks, config.server.clustering.profile_rows > 0)
             write_new(draft / COORDINATOR, to_yaml(coordinator_config(config)).encode())
             sync_folder(draft)
             draft.replace(out)
@@ -79,12 +80,13 @@ def write_partition(config: Config, out: Path) -> list[Path]:
 def coordinator_config(config: Config) -> Config:
     """The config without what only the data owners may know: the tasks, where they lie and who holds them."""
     federation = config.federation.model_copy(update={"partition": FederationConfig().partition})
-    clustering = config.server.clustering.model_copy(update={"k": config.clusters or "auto"})
+    given = config.server.clustering.k if config.server.clustering.rule in COUNTING else config.clusters or "auto"
+    clustering = config.server.clustering.model_copy(update={"k": given})
     server = config.server.model_copy(update={"clustering": clustering})
     return config.model_copy(update={"tasks": {}, "data_root": None, "federation": federation, "server": server})
 
 
-def _write_client(folder: Path, client: str, partition: Partition, tasks: Mapping[str, RawTask]) -> None:
+def _write_client(folder: Path, client: str, partition: Partition, tasks: Mapping[str, RawTask], profile: bool) -> None:
     folder.mkdir()
     own: dict[str, dict[str, Any]] = {}
     for slot, name in enumerate(partition.client_tasks(client)):
@@ -108,7 +110,9 @@ def _write_client(folder: Path, client: str, partition: Partition, tasks: Mappin
             own[name]["mirror"] = False
         if own[name]["labels"] is None:
             del own[name]["labels"]
-    tree = {"client": client, "tasks": own}
+    tree: dict[str, Any] = {"client": client, "tasks": own}
+    if profile:
+        tree["limits"] = {"profile": True}
     write_new(folder / CLIENT, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
     sync_folder(folder)
 

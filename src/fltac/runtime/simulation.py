@@ -10,11 +10,12 @@ import numpy as np
 
 from fltac.client.assignment import choose
 from fltac.client.client import Client, plan_jobs, reply_of
+from fltac.client.profile import profiles_of
 from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train_each
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
-from fltac.records import Adapter, Presence, Reply, Request
+from fltac.records import Adapter, FloatArray, Presence, Reply, Request
 from fltac.runtime.loop import Exchange, Record
 from fltac.wire.blob import WireError
 from fltac.wire.codec import decode_reply, decode_request, encode_reply, encode_request
@@ -68,6 +69,12 @@ class Simulation:
             for request in delivered
         ]
         answered = {request.client: request for request in received}
+        seed = self.config.federation.seed
+        profiles = {
+            client: profiles_of(self.model, self.clients[client], self.config, seed)
+            for client, request in answered.items()
+            if request.profile
+        }
         jobs = [
             job
             for request in received
@@ -85,7 +92,7 @@ class Simulation:
             done[client].append(result)
             if len(done[client]) == asked[client]:
                 # At once, so that no adapter is held twice for longer than its client's turn.
-                payload = self._payload(answered[client], done.pop(client))
+                payload = self._payload(answered[client], done.pop(client), profiles.get(client))
                 up_bytes += len(payload)
                 replies[client] = decode_reply(payload)
         ordered = tuple(replies[request.client] for request in received if request.client in replies)
@@ -108,11 +115,11 @@ class Simulation:
             received.append(replace(got, adapters=adapters, initial=initial))
         return received, size
 
-    def _payload(self, request: Request, own: Sequence[Trained]) -> bytes:
+    def _payload(self, request: Request, own: Sequence[Trained], profiles: Mapping[int, FloatArray] | None) -> bytes:
         """A client's encoded reply."""
         client = request.client
         try:
-            reply = reply_of(self.clients[client], sorted(own, key=lambda result: result.job.slot), request)
+            reply = reply_of(self.clients[client], sorted(own, key=lambda result: result.job.slot), request, profiles)
             return encode_reply(reply, self.config.wire_dtype)
         except WireError as error:
             # Diverged: its values do not fit the wire's dtype. The round goes on without it.

@@ -2,6 +2,7 @@
 
 In ``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all adapted matrices one after the
 other, and ``head.<key>`` for each head that it ever sent. Since sketches are linear, adding a round is adding numbers.
+Beside them lies its ``profile``, if it has sent one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from fltac.records import (
 )
 from fltac.server.sketch import ProductSketch, VectorSketch
 
-BODY = "body"
+BODY, PROFILE = "body", "profile"
 NARROWEST, WIDEST = 128, 2**13
 """Numbers kept of an adapted matrix: many where slots are few and each pair counts, few where slots are many."""
 ROOM = 2**22
@@ -47,11 +48,11 @@ def width_for(clients: int) -> int:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """The changes of the heads of one key.
+class Vectors:
+    """What some of the slots have: the changes of the heads of one key, or profiles.
 
     Attributes:
-        rows: int64 ``[m]``: the slots, as indices, that ever sent such a head; sorted.
+        rows: int64 ``[m]``: the slots, as indices, that ever sent such a thing; sorted.
         values: float32 ``[m, width]``.
     """
 
@@ -68,23 +69,28 @@ class Changes:
         body: float32 ``[n, sum of widths]``.
         modules: For each adapted matrix its columns of ``body``.
         heads: By head key.
+        profiles: Of the rows that the slots train on, where they were asked for.
     """
 
     keys: tuple[SlotKey, ...]
     body: FloatArray
     modules: tuple[slice, ...]
-    heads: Mapping[str, Heads]
+    heads: Mapping[str, Vectors]
+    profiles: Vectors | None = None
 
     def only(self, rows: NDArray[np.int64]) -> "Changes":
         """Of some slots, given as sorted indices."""
         place = np.full(len(self.keys), -1)
         place[rows] = np.arange(len(rows))
-        heads = {}
-        for key, own in self.heads.items():
-            kept = place[own.rows] >= 0
-            if kept.any():
-                heads[key] = Heads(place[own.rows[kept]], own.values[kept])
-        return Changes(tuple(self.keys[row] for row in rows.tolist()), self.body[rows], self.modules, heads)
+
+        def of(vectors: Vectors | None) -> Vectors | None:
+            if vectors is None or not (kept := place[vectors.rows] >= 0).any():
+                return None
+            return Vectors(place[vectors.rows[kept]], vectors.values[kept])
+
+        heads = {key: found for key, own in self.heads.items() if (found := of(own)) is not None}
+        keys = tuple(self.keys[row] for row in rows.tolist())
+        return Changes(keys, self.body[rows], self.modules, heads, of(self.profiles))
 
     def memory(self) -> dict[SlotKey, Adapter]:
         """The same by slot, as ``ServerState`` holds it: views, no copies."""
@@ -92,6 +98,9 @@ class Changes:
         for key, heads in self.heads.items():
             for row, values in zip(heads.rows, heads.values, strict=True):
                 by_slot[row][HEAD + key] = values
+        if self.profiles is not None:
+            for row, values in zip(self.profiles.rows, self.profiles.values, strict=True):
+                by_slot[row][PROFILE] = values
         return dict(zip(self.keys, by_slot, strict=True))
 
 
@@ -140,7 +149,17 @@ def remember(
     heads = {
         key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed) for key in sorted(held | sent)
     }
-    return Changes(tuple(index), body, modules, heads)
+    return Changes(tuple(index), body, modules, heads, _profiles(state, updates, index))
+
+
+def _profiles(state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int]) -> Vectors | None:
+    """What each slot sent last."""
+    found = {key: held[PROFILE] for key, held in state.memory.items() if PROFILE in held}
+    found |= {update.key: update.profile for update in updates if update.profile is not None}
+    if not found:
+        return None
+    slots = sorted(found)
+    return Vectors(np.array([index[slot] for slot in slots]), np.stack([found[slot] for slot in slots]))
 
 
 def _body(
@@ -208,7 +227,7 @@ def _heads(
     decay: float,
     width: int,
     seed: int,
-) -> Heads:
+) -> Vectors:
     """The sketches of the heads of one key."""
     name, parts = HEAD + key, (HEAD + key + ".weight", HEAD + key + ".bias")
     updated = {update.key for update in updates}
@@ -230,4 +249,4 @@ def _heads(
             change = [update.adapter[part] - base.get(part, state.initial[part]) for part in parts]
             np.concatenate([tensor.ravel() for tensor in change], out=row)
         values[[place[update.key] for update in sent[start : start + step]]] += sketch(block)
-    return Heads(np.array([index[slot] for slot in slots], dtype=np.int64), values)
+    return Vectors(np.array([index[slot] for slot in slots], dtype=np.int64), values)

@@ -81,7 +81,7 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     if (k := settings.k) is None:
         choice = _choice(evidence, changes, settings)
         k, residuals = choice.k, choice.residuals
-    points = embedding(changes, rule.head, k, seed)
+    points = embedding(changes, rule.head, k, seed, rule.profile_weight)
     found = _grouped(changes.keys, points, k, evidence, settings)
     return replace(found, residuals=residuals)
 
@@ -92,7 +92,7 @@ def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings) -> C
     seed = derive(settings.seed, "choose-k", evidence.round_number)
     owners = [client for client, _ in changes.keys]
     few = changes.only(sample(len(owners), owners if rule.cannot_link else None, seed, WHOLE))
-    pairs = [(partial(leading, by), within) for by, within in views(few, rule.head)]
+    pairs = [(partial(leading, by), within) for by, within in views(few, rule.head, rule.profile_weight)]
     own = [client for client, _ in few.keys] if rule.cannot_link else None
     before = sum(bool(cluster.members) for cluster in evidence.state.clusters) or None
     return choose_k(pairs, own, min(rule.starts, CHOOSING_STARTS), seed, before, rule.hysteresis)

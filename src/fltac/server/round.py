@@ -21,7 +21,7 @@ from fltac.records import (
     SlotKey,
 )
 from fltac.seeding import generator
-from fltac.server.changes import Changes, remember
+from fltac.server.changes import PROFILE, Changes, remember
 from fltac.server.clusters import regrouped
 from fltac.server.cohort import draw_cohort
 from fltac.server.first import first_adapter, first_clusters
@@ -74,8 +74,15 @@ def plan_round(
     number = state.round_number + 1
     there = _presences(state) if present is None else {item.client: item for item in present}
     cohort = draw_cohort(sorted(there), settings.participation, settings.seed, number, settings.quorum)
-    choose = settings.clustering.by_loss(number)
-    return _requests(state, settings, number, [there[client] for client in cohort], choose)
+    clients, rule = [there[client] for client in cohort], settings.clustering
+    requests = _requests(state, settings, number, clients, rule.by_loss(number))
+    if not rule.profile_rows:
+        return requests
+    known = {key for key, held in state.memory.items() if PROFILE in held}
+    return [
+        replace(request, profile=not item.heads or any((item.client, slot) not in known for slot in item.heads))
+        for request, item in zip(requests, clients, strict=True)
+    ]
 
 
 def plan_delivery(
@@ -174,8 +181,7 @@ def finish_round(
     """
     number = state.round_number + 1
     cohort = tuple(sorted(request.client for request in requests))
-    candidates = {request.client: request.candidates for request in requests}
-    updates, rejections = accept_updates(replies, cohort, Expectations(state.initial, settings, number), candidates)
+    updates, rejections = accept_updates(replies, requests, Expectations(state.initial, settings, number))
     outbox, completion = Outbox(state, settings), Completion(state.initial)
     began = {update.key: completion.began(outbox.began(update)) for update in updates}
     stale = 0

@@ -1,7 +1,8 @@
 """What is compared between slots: flattened factors (the paper), or a kernel of what was learned.
 
 The kernel is the cosine of the change of the product ``B A``, averaged over the adapted matrices, plus that of the
-heads' changes. Each matrix is normalised before it is added, so that no loud layer decides alone. It does not change
+heads' changes, plus that of the clients' profiles where they send some, less what all have in common. Each matrix is
+normalised before it is added, so that no loud layer decides alone. It does not change
 under ``A -> R A, B -> B R^-1``, compares different ranks, and the common factor alpha / r cancels. Products are
 compared through their sketches (``server.sketch``).
 """
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from fltac.records import Adapter, FloatArray, is_head
 from fltac.seeding import generator
-from fltac.server.changes import BLOCK, Changes
+from fltac.server.changes import BLOCK, Changes, Vectors
 from fltac.server.sketch import VectorSketch
 
 Matrix = NDArray[np.float64]
@@ -84,23 +85,29 @@ class Features:
     Heads of different keys have columns of their own, so that their cosine is 0.
     """
 
-    def __init__(self, changes: Changes, head: bool) -> None:
+    def __init__(self, changes: Changes, head: bool, profile_weight: float = 1.0) -> None:
         """Args:
         changes: What each of n slots has learned.
         head: Add the cosine of the heads' change.
+        profile_weight: With which the cosine of the profiles is added, if there are any.
         """
         n, modules = len(changes.keys), changes.modules
         self._changes = changes
-        self._heads = list(changes.heads.values()) if head else []
+        heads = list(changes.heads.values()) if head else []
         self._scales = np.empty((n, len(modules)), dtype=np.float32)
         for module, columns in enumerate(modules):
             self._scales[:, module] = _scale(_squares(changes.body[:, columns]), 1.0 / len(modules))
         self._widths = [columns.stop - columns.start for columns in modules]
         squares = np.zeros(n)
-        for heads in self._heads:
-            squares[heads.rows] += _squares(heads.values)
-        self._head_scale = _scale(squares, 1.0)
-        self.shape = (n, changes.body.shape[1] + sum(heads.values.shape[1] for heads in self._heads))
+        for own in heads:
+            squares[own.rows] += _squares(own.values)
+        scale = _scale(squares, 1.0)
+        # What is compared besides the body: vectors, and for each of their rows what makes it one of the kernel's.
+        self._others = [(own, scale[own.rows]) for own in heads]
+        if changes.profiles is not None:
+            centred = _centred(changes.profiles)
+            self._others.append((centred, _scale(_squares(centred.values), profile_weight)))
+        self.shape = (n, changes.body.shape[1] + sum(own.values.shape[1] for own, _ in self._others))
 
     def block(self, start: int, stop: int) -> FloatArray:
         """Rows of a range: float32 ``[stop - start, width]``."""
@@ -108,11 +115,10 @@ class Features:
         end = self._changes.body.shape[1]
         scales = np.repeat(self._scales[start:stop], self._widths, axis=1)
         np.multiply(self._changes.body[start:stop], scales, out=out[:, :end])
-        for heads in self._heads:
-            begin, end = end, end + heads.values.shape[1]
-            part = slice(*np.searchsorted(heads.rows, (start, stop)))
-            rows = heads.rows[part]
-            out[rows - start, begin:end] = heads.values[part] * self._head_scale[rows, None]
+        for own, scale in self._others:
+            begin, end = end, end + own.values.shape[1]
+            part = slice(*np.searchsorted(own.rows, (start, stop)))
+            out[own.rows[part] - start, begin:end] = own.values[part] * scale[part, None]
         return out
 
     def gram(self) -> Matrix:
@@ -121,9 +127,8 @@ class Features:
         for scale, columns in zip(self._scales.T, self._changes.modules, strict=True):
             values = self._changes.body[:, columns]
             total += (values @ values.T) * np.outer(scale, scale)
-        for heads in self._heads:
-            scale = self._head_scale[heads.rows]
-            total[np.ix_(heads.rows, heads.rows)] += (heads.values @ heads.values.T) * np.outer(scale, scale)
+        for own, scale in self._others:
+            total[np.ix_(own.rows, own.rows)] += (own.values @ own.values.T) * np.outer(scale, scale)
         return total
 
     def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
@@ -132,6 +137,11 @@ class Features:
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             yield slice(start, stop), self.block(start, stop)
+
+
+def _centred(profiles: Vectors) -> Vectors:
+    """Without their mean: what all texts, or all images, have in common is most of a feature."""
+    return Vectors(profiles.rows, profiles.values - profiles.values.mean(axis=0))
 
 
 def _squares(values: FloatArray) -> Matrix:
@@ -145,30 +155,32 @@ def _scale(squares: Matrix, weight: float) -> FloatArray:
     return np.asarray(scale, dtype=np.float32)
 
 
-def kernel(changes: Changes, head: bool) -> Matrix:
+def kernel(changes: Changes, head: bool, profile_weight: float = 1.0) -> Matrix:
     """The similarity of all pairs: float64 ``[n, n]``, symmetric, positive semi-definite."""
-    return Features(changes, head).gram()
+    return Features(changes, head, profile_weight).gram()
 
 
-def views(changes: Changes, head: bool) -> list[tuple[Matrix, Matrix]]:
+def views(changes: Changes, head: bool, profile_weight: float = 1.0) -> list[tuple[Matrix, Matrix]]:
     """Pairs of kernels of different parts of what the slots have learned: to group by, and to test the groups in.
 
-    One half of the adapted matrices against the other, both ways, and all matrices against the heads. Where there is
-    only one part, it is both.
+    One half of the adapted matrices against the other, both ways, and all matrices against the heads; with profiles,
+    these help to group. Where there is only one part, it is both.
     """
-    halves = [kernel(replace(changes, modules=changes.modules[start::2], heads={}), False) for start in (0, 1)]
+    body = replace(changes, heads={}, profiles=None)
+    halves = [kernel(replace(body, modules=changes.modules[start::2]), False, 0.0) for start in (0, 1)]
     bodies = [half for half in halves if half.any()]
-    heads = kernel(replace(changes, modules=()), True) if head and changes.heads else None
+    heads = kernel(replace(changes, modules=(), profiles=None), True, 0.0) if head and changes.heads else None
     if len(bodies) < 2:
-        whole = kernel(changes, head)
+        whole = kernel(changes, head, profile_weight)
         return [(bodies[0], heads) if bodies and heads is not None else (whole, whole)]
     first, second = bodies
+    said = kernel(replace(changes, modules=(), heads={}), False, profile_weight)
     if heads is None:
-        return [(first, second), (second, first)]
-    return [(first + heads, second), (second + heads, first), ((first + second) / 2, heads)]
+        return [(first + said, second), (second + said, first)]
+    return [(first + heads + said, second), (second + heads + said, first), ((first + second) / 2 + said, heads)]
 
 
-def embedding(changes: Changes, head: bool, dimensions: int, seed: int) -> Matrix:
+def embedding(changes: Changes, head: bool, dimensions: int, seed: int, profile_weight: float = 1.0) -> Matrix:
     """Rows whose inner products approximate the kernel: its top eigenvectors, scaled by the roots of the values.
 
     Args:
@@ -176,13 +188,14 @@ def embedding(changes: Changes, head: bool, dimensions: int, seed: int) -> Matri
         head: Add the cosine of the heads' change.
         dimensions: How many eigenvectors; at most n are used.
         seed: Of the vectors that the iteration for many slots begins with.
+        profile_weight: With which the cosine of the profiles is added, if there are any.
 
     Returns:
         ``[n, dimensions]``. Truncation matters: the small eigenvalues hold each slot's own noise.
     """
     if len(changes.keys) > WHOLE:
-        return principal(Features(changes, head), dimensions, seed)
-    return leading(kernel(changes, head), dimensions)
+        return principal(Features(changes, head, profile_weight), dimensions, seed)
+    return leading(kernel(changes, head, profile_weight), dimensions)
 
 
 def leading(similarity: Matrix, dimensions: int) -> Matrix:

@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 import numpy as np
 
 from fltac.config import ServerSettings
-from fltac.records import Adapter, LateReply, Rejection, Reply, SlotKey, Update, at_rank, is_head
+from fltac.records import Adapter, LateReply, Rejection, Reply, Request, SlotKey, Update, at_rank, is_head
 
 LARGEST = 1e6
 """An upload with a larger number has diverged, and its square would leave float32's accuracy in a mean."""
@@ -36,6 +36,9 @@ class Expected:
             if is_head(name):
                 self._heads.setdefault(name.rpartition(".")[0], {})[name] = tensor.shape
         self._whole: dict[tuple[str, ...], Shapes] = {}
+        self.hidden = next(
+            (tensor.shape[1] for name, tensor in initial.items() if is_head(name) and tensor.ndim == 2), 0
+        )
 
     def of(self, adapter: Adapter) -> Shapes:
         """By name; without any head for an adapter that lacks all of v0's."""
@@ -60,6 +63,7 @@ class Expectations:
         """
         self._initial, self._settings = initial, settings
         self._frozen = settings.aggregation.frozen(round_number)
+        self.noise = settings.clustering.profile_noise
         self._by_rank: dict[int | None, Expected] = {}
 
     def of(self, client: str) -> Expected:
@@ -72,17 +76,15 @@ class Expectations:
 
 def accept_updates(
     replies: Sequence[Reply],
-    cohort: Sequence[str],
+    requests: Sequence[Request],
     expectations: Expectations,
-    candidates: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[list[Update], list[Rejection]]:
     """Sorts the replies of a round into updates to use and rejections.
 
     Args:
         replies: In any order.
-        cohort: Ids of the clients that were asked.
+        requests: What was sent, one to each client of the cohort.
         expectations: Of their uploads.
-        candidates: By client, the clusters that it was to choose from; empty or missing where it was not asked to.
 
     Returns:
         The updates sorted by (client, slot), and one rejection for each reply or update that cannot be used,
@@ -90,7 +92,7 @@ def accept_updates(
     """
     updates: list[Update] = []
     rejections: list[Rejection] = []
-    asked = frozenset(cohort)
+    asked = {request.client: request for request in requests}
     answered: set[str] = set()
     for reply in sorted(replies, key=lambda reply: reply.client):
         reason = _reply_fault(reply, asked, answered)
@@ -98,16 +100,17 @@ def accept_updates(
         if reason is not None:
             rejections.append(Rejection(reply.client, None, reason))
             continue
-        seen, expected = set[int](), expectations.of(reply.client)
+        seen, expected, request = set[int](), expectations.of(reply.client), asked[reply.client]
         for update in reply.updates:
             fault = update_fault(update, reply.client, seen, expected)
-            fault = fault or choice_fault(update, (candidates or {}).get(reply.client, ()))
+            fault = fault or choice_fault(update, request.candidates)
+            fault = fault or profile_fault(update, request.profile, expected.hidden, expectations.noise)
             seen.add(update.slot)
             if fault is None:
                 updates.append(update)
             else:
                 rejections.append(Rejection(reply.client, update.slot, fault))
-    silent = [client for client in cohort if client not in answered]
+    silent = [client for client in asked if client not in answered]
     rejections += [Rejection(client, None, "no reply") for client in silent]
     return sorted(updates, key=lambda update: update.key), rejections
 
@@ -128,8 +131,7 @@ def accept_late(
         return [], [Rejection(client, None, f"late, of round {number}: {late.reply.error}")]
     if settings.stale == "drop":
         return [], [Rejection(client, None, f"its reply to round {number} came after the deadline")]
-    expectations = Expectations(initial, settings, number)
-    updates, rejections = accept_updates([late.reply], [client], expectations, {client: late.request.candidates})
+    updates, rejections = accept_updates([late.reply], [late.request], Expectations(initial, settings, number))
     newer = [update for update in updates if update.key in known]
     rejections += [
         Rejection(client, update.slot, f"its update of round {number} came after a newer one") for update in newer
@@ -137,7 +139,7 @@ def accept_late(
     return [update for update in updates if update.key not in known], rejections
 
 
-def _reply_fault(reply: Reply, cohort: frozenset[str], answered: set[str]) -> str | None:
+def _reply_fault(reply: Reply, cohort: Container[str], answered: set[str]) -> str | None:
     if reply.client not in cohort:
         return "was not asked in this round"
     if reply.client in answered:
@@ -163,6 +165,28 @@ def update_fault(update: Update, client: str, seen: set[int], expected: Expected
     if update.examples < 1:
         return f"examples is {update.examples}; allowed are numbers from 1"
     return _adapter_fault(update.adapter, expected)
+
+
+def profile_fault(update: Update, asked: bool, hidden: int, noise: float) -> str | None:
+    """Says in one line what is wrong with an update's profile; None if it can be used.
+
+    Args:
+        update: As decoded.
+        asked: Whether its client was asked for profiles.
+        hidden: Numbers that one has, as many as a head reads.
+        noise: Standard deviation of what the client adds to each of them.
+    """
+    profile = update.profile
+    if profile is None:  # An owner need not send one.
+        return None
+    if not asked:
+        return "has a profile that was not asked for"
+    if profile.shape != (hidden,) or profile.dtype != FLOAT32:
+        return f"profile has shape {list(profile.shape)} and dtype {profile.dtype}; expected {[hidden]} of float32"
+    norm, allowed = float(np.linalg.norm(profile.astype(np.float64))), 1.01 + 10 * noise * hidden**0.5
+    if not norm <= allowed:  # also where it is not a number
+        return f"profile has norm {norm:.3g}; allowed are up to {allowed:.3g}, for it is a mean of vectors of length 1"
+    return None
 
 
 def choice_fault(update: Update, candidates: Sequence[int]) -> str | None:

@@ -1,8 +1,8 @@
 """Adapters, requests and replies as bytes: one message per client and round, holding all its slots.
 
-A message is one safetensors blob. Its tensors are ``<slot>/<tensor>`` in a reply; ``initial/<tensor>`` and
-``<cluster>/<tensor>`` in a request. Its header's record says the rest. Whether the values make sense to the
-server is for ``fltac.server`` to judge; here only the form is checked.
+A message is one safetensors blob. Its tensors are ``<slot>/<tensor>`` and ``profile/<slot>`` in a reply;
+``initial/<tensor>`` and ``<cluster>/<tensor>`` in a request. Its header's record says the rest. Whether the values make
+sense to the server is for ``fltac.server`` to judge; here only the form is checked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from fltac.wire.blob import Dtype, WireError, pack, unpack
 REQUEST = "request-1"
 REPLY = "reply-1"
 INITIAL = "initial"
+PROFILES = "profile"
 
 T = TypeVar("T")
 
@@ -56,6 +57,8 @@ def encode_request(request: Request, dtype: Dtype) -> bytes:
     }
     if request.candidates:
         record["candidates"] = list(request.candidates)
+    if request.profile:
+        record["profile"] = True
     return pack(_joined(groups), record, dtype)
 
 
@@ -78,6 +81,7 @@ def decode_request(data: bytes) -> Request:
         adapters={cluster: groups[str(cluster)] for cluster in clusters},
         initial=groups.get(INITIAL),
         candidates=tuple(_candidates(record)),
+        profile=record.get("profile") is True,
     )
     _check_references(request)
     return request
@@ -93,7 +97,7 @@ def encode_reply(reply: Reply, dtype: Dtype) -> bytes:
         if update.client != reply.client:
             raise WireError(f"reply of client {reply.client!r}: holds an update of client {update.client!r}")
     groups = _unique([(str(update.slot), update.adapter) for update in reply.updates])
-    record = {
+    record: dict[str, Any] = {
         "format": REPLY,
         "client": reply.client,
         "slots": [(update.slot, update.examples) for update in reply.updates],
@@ -102,6 +106,10 @@ def encode_reply(reply: Reply, dtype: Dtype) -> bytes:
     chosen = [(update.slot, update.cluster) for update in reply.updates if update.cluster is not None]
     if chosen:
         record["chosen"] = chosen
+    profiles = {str(update.slot): update.profile for update in reply.updates if update.profile is not None}
+    if profiles:
+        groups[PROFILES] = profiles
+        record["profiles"] = True
     return pack(_joined(groups), record, dtype)
 
 
@@ -117,12 +125,19 @@ def decode_reply(data: bytes) -> Reply:
     if error is not None and not isinstance(error, str):
         raise WireError(f"reply of client {client!r}: error is {error!r}; expected text or null")
     slots = _pairs(record, "slots")
-    groups = _split(tensors, [str(slot) for slot, _ in slots])
+    declared = [PROFILES] if record.get("profiles") is True else []
+    groups = _split(tensors, [*(str(slot) for slot, _ in slots), *declared])
+    profiles = groups.get(PROFILES, {})
     chosen = dict(_pairs(record, "chosen")) if "chosen" in record else {}
     unknown = sorted(chosen.keys() - dict(slots).keys())
     if unknown:
         raise WireError(f"reply of client {client!r}: chosen names slot {unknown[0]}, of which there is no update")
-    updates = (Update(client, slot, groups[str(slot)], examples, chosen.get(slot)) for slot, examples in slots)
+    if foreign := sorted(profiles.keys() - {str(slot) for slot, _ in slots}):
+        raise WireError(f"reply of client {client!r}: a profile of slot {foreign[0]}, of which there is no update")
+    updates = (
+        Update(client, slot, groups[str(slot)], examples, chosen.get(slot), profiles.get(str(slot)))
+        for slot, examples in slots
+    )
     return Reply(client, tuple(updates), error)
 
 

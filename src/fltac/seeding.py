@@ -5,7 +5,8 @@ is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``, ``clien
 ``client-quarter``, ``slots``, ``validation-split``, ``validation-rows``, ``initial-adapter``,
 ``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
 ``embedding``, ``choose-k``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``,
-``first-cluster``, ``assignment-rows``, ``held-back``, ``fresh-factors``, ``probes``, ``augment``, ``two-sines-data``,
+``first-cluster``, ``assignment-rows``, ``held-back``, ``fresh-factors``, ``probes``, ``probes <tensor>``,
+``images <tensor>``, ``augment``, ``two-sines-data``,
 ``two-sines-<arm>-<width>``; with seed 0, whatever the run's, ``quarter-turns``, ``digits-halves``,
 ``digits-vit-weights``, ``digits-vit-batches``.
 """

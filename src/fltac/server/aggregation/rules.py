@@ -133,9 +133,6 @@ def _mean_heads(parts: Sequence[Part]) -> Adapter:
     return _mean([replace(part, adapter=_split(part.adapter)[1]) for part in parts], {})
 
 
-RENEWING = frozenset({"flora"})
-"""Rules after which all clusters hold the same factors, so that these do not tell one cluster from another."""
-
 RULES: Mapping[str, Rule] = {
     "mean": _mean,
     "ffa": _mean,

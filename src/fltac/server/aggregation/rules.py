@@ -57,12 +57,13 @@ def _mean(parts: Sequence[Part], _: Adapter) -> Adapter:
     return mean_adapter([part.adapter for part in parts], [part.weight for part in parts])
 
 
-def _hetlora(parts: Sequence[Part], _: Adapter) -> Adapter:
+def _hetlora(parts: Sequence[Part], fresh: Adapter) -> Adapter:
     """After HetLoRA (arXiv 2401.06432): factors filled up with zeros, averaged by the Frobenius norms of the products.
 
     A client is sent the first rows of A and columns of B. What differs: clients do not prune their rank themselves;
     the norm multiplies the weight of the member (``weighting: uniform`` is the paper); heads are averaged by weight
-    alone.
+    alone; a row that is zero in both factors, since only clients of smaller ranks were heard, is fresh in A, or nobody
+    could ever train it again.
     """
     norms = np.zeros(len(parts))
     for module in lora_modules(parts[0].adapter):
@@ -75,6 +76,10 @@ def _hetlora(parts: Sequence[Part], _: Adapter) -> Adapter:
         norms[:] = 1.0
     weights = [float(part.weight * norm) for part, norm in zip(parts, norms, strict=True)]
     factors = mean_adapter([_split(part.adapter)[0] for part in parts], weights)
+    for module in lora_modules(factors):
+        a, b = factors[module + LORA_A], factors[module + LORA_B]
+        dead = ~(a.any(axis=1) | b.any(axis=0))
+        a[dead] = fresh[module + LORA_A][dead]
     return {**factors, **_mean_heads(parts)}
 
 

@@ -1,5 +1,6 @@
 """Runs with published rules of aggregation: what travels, what is exported, and resuming to the same bits."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,19 @@ def test_bytes_and_errors_of_the_rules(tmp_path: Path) -> None:
     assert max(errors["ffa-lora"]) < 1e-6
     assert min(errors["fedit"]) > 1e-3
     assert 0 < max(errors["flexlora"]) < max(errors["fedit"])
+
+
+def test_slots_that_nobody_asked_hold_no_cluster_and_are_counted_in_no_folder(tmp_path: Path) -> None:
+    """With ifca there are clusters before anybody has chosen one; v0 is none of them."""
+    settings = ("federation.participation=0.5", "federation.rounds=1", "training.steps=1", "output.adapters=false")
+    result = fltac.run(small("method=ifca", *settings), tmp_path)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    members = {cluster.id: len(cluster.members) for cluster in checkpoint.state.clusters}
+    counted = Counter[str]()
+    for folders in result.summary["adapters"].values():
+        counted.update(folders)
+    assert counted == {f"cluster-{number}": count for number, count in members.items() if count}
 
 
 def test_a_rank_for_a_client_that_there_is_not_is_refused(tmp_path: Path) -> None:

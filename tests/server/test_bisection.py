@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from fltac.records import Adapter, Cluster, Reply, ServerState
+from fltac.records import Adapter, Cluster, LateReply, Reply, ServerState
 from fltac.server.bisection import LARGEST, bisect, cosines, inner_products, nearest, smaller_half, update_norms
 from fltac.server.cohort import admit
 from fltac.server.round import finish_round, plan_round
@@ -188,6 +188,25 @@ def test_a_latecomer_of_a_smaller_rank_is_compared_by_what_it_trained() -> None:
     like = {**first, "m.lora_A": np.array([[11, 9, 9], [9, 9, 9]], np.float32)}
     unlike = {**first, "m.lora_A": np.array([[9, 9, 9], [1, 1, 1]], np.float32)}
     assert nearest(own, began, [Cluster(4, unlike, ()), Cluster(6, like, ())], first, False) == 6
+
+
+def test_a_late_first_update_of_a_smaller_rank_began_from_what_of_v0_it_was_sent() -> None:
+    ranks = ("server.aggregation.rule=hetlora", "lora.rank=2", "lora.ranks={late: 1}", "federation.stale=use")
+    settings = server(*CFL, *ranks)
+    head = {name: tensor for name, tensor in adapter(0, 0).items() if "head" in name}
+    first = {"m.lora_A": np.full((2, 3), 9, np.float32), "m.lora_B": np.zeros((2, 2), np.float32), **head}
+    begin = replace(state("late"), initial=first)
+    (slow,) = plan_round(begin, settings)
+    like = {**first, "m.lora_A": np.array([[11, 9, 9], [9, 9, 9]], np.float32)}
+    unlike = {**first, "m.lora_A": np.array([[9, 9, 9], [1, 1, 1]], np.float32)}
+    clusters = Cluster(4, unlike, (("a", 0),)), Cluster(6, like, (("b", 0),))
+    now = replace(begin, round_number=1, clients=("a", "b", "late"), clusters=clusters, next_cluster_id=7)
+    assert slow.initial is not None
+    trained = {**slow.initial, "m.lora_A": np.array([[10, 9, 9]], np.float32)}
+    late = LateReply(slow, reply("late", trained))
+    after, report = finish_round(now, plan_round(now, settings), [reply("a", unlike)], settings, None, [late])
+    assert report.stale == 1
+    assert after.assignment()["late", 0] == 6
 
 
 def test_with_a_server_optimizer_a_half_goes_on_from_where_its_members_were() -> None:

@@ -77,9 +77,8 @@ def _hetlora(parts: Sequence[Part], fresh: Adapter) -> Adapter:
     weights = [float(part.weight * norm) for part, norm in zip(parts, norms, strict=True)]
     factors = mean_adapter([_split(part.adapter)[0] for part in parts], weights)
     for module in lora_modules(factors):
-        a, b = factors[module + LORA_A], factors[module + LORA_B]
-        dead = ~(a.any(axis=1) | b.any(axis=0))
-        a[dead] = fresh[module + LORA_A][dead]
+        dead = ~(factors[module + LORA_A].any(axis=1) | factors[module + LORA_B].any(axis=0))
+        factors[module + LORA_A][dead] = fresh[module + LORA_A][dead]
     return {**factors, **_mean_heads(parts)}
 
 

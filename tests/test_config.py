@@ -136,6 +136,18 @@ def test_rounds_and_communication_of_the_methods() -> None:
         (["training.lr=.inf"], ["training.lr", "inf", "finite"]),
         (["training.lanes=foo"], ["training.lanes: got 'foo'"]),
         (["federation=3"], ["federation", "3"]),
+        (["lora.rank=2", "lora.ranks={a: 1}"], ["lora.ranks", "'mean'", "hetlora, flexlora, flora can"]),
+        (["method=fedex-lora", "lora.rank=2", "lora.ranks={a: 1}"], ["lora.ranks", "'fedex'", "flora can"]),
+        (["method=flora", "lora.rank=2", "lora.ranks={a: 3}"], ["lora.ranks.a: got 3", "lora.rank=2"]),
+        (["method=flora", "lora.ranks={a: 0}"], ["lora.ranks.a", "0", "greater than or equal to 1"]),
+        (["method=flora", "server.aggregation.optimizer=fedadam"], ["'fedadam'", "'flora'", "mean, ffa, rolora"]),
+        (["method=central-full", "server.aggregation.rule=flora"], ["'flora'", "training.trainable=all", "only mean"]),
+        (
+            ["method=central", "server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={a: 1}"],
+            ["lora.ranks", "federation.pool"],
+        ),
+        (["method=central", "server.aggregation.optimizer=fedavgm"], ["'fedavgm'", "federation.pool", "only none"]),
+        (["method=central", "server.aggregation.rule=rolora"], ["'rolora'", "federation.pool"]),
     ],
 )
 def test_wrong_input_is_one_line_that_names_it(overrides: list[str], parts: list[str]) -> None:

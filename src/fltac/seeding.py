@@ -6,8 +6,8 @@ is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``, ``clien
 ``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
 ``embedding``, ``choose-k``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``,
 ``profile-rows``, ``profile-noise``, ``first-cluster``, ``assignment-rows``, ``held-back``, ``fresh-factors``,
-``probes``, ``augment``, ``two-sines-data``, ``two-sines-<arm>-<width>``; with seed 0, whatever the run's,
-``quarter-turns``, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
+``probes``, ``probes <tensor>``, ``images <tensor>``, ``augment``, ``two-sines-data``, ``two-sines-<arm>-<width>``;
+with seed 0, whatever the run's, ``quarter-turns``, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
 """
 
 import hashlib

@@ -254,7 +254,10 @@ DAMAGE = [
     (drop_key, "state.json: the key 'tensors_sha256' is missing"),
     (drop_inner_key, "round-0007: the key 'clusters' is missing"),
     (change_content, "state.json: its content does not match its SHA-256"),
-    (lambda folder: edit(folder, format=99), "state.json: format 99; expected 3"),
+    (
+        lambda folder: edit(folder, format=99),
+        "format 99 of another version of fltac; this one reads and writes format 3",
+    ),
     (lambda folder: (folder / "state.json").write_text("[]"), "state.json: not the JSON of a checkpoint"),
     (
         lambda folder: (folder / "state.json").write_bytes(b"\xff\xfe\x00"),

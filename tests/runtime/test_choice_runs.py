@@ -45,7 +45,7 @@ RULES = {
     "profiles": ("server.clustering.profile_rows=8", "server.clustering.profile_noise=0.01"),
     # With rules of aggregation that send less than an adapter, one cut to a rank, or one with a frozen part.
     "lever-ffa": (*LEVER, "server.aggregation.rule=ffa"),
-    "lever-hetlora": (*LEVER, "server.aggregation.rule=hetlora", "lora.rank=3", "lora.ranks.client-01=1"),
+    "lever-hetlora": (*LEVER, "server.aggregation.rule=hetlora", "lora.rank=3", "lora.ranks.client-1=1"),
     "lever-flora": (*LEVER, "server.aggregation.rule=flora"),
     "ifca-rolora": ("method=ifca", "server.aggregation.rule=rolora"),
     "cfl-flora": (

@@ -18,9 +18,13 @@ from runtime.test_node import Both, assert_same, train_error
     [
         ("server.aggregation.rule=fedex",),
         ("server.aggregation.rule=ffa",),
+        ("server.aggregation.rule=rolora",),
+        ("server.aggregation.rule=fedsa",),
+        ("server.aggregation.rule=hetlora", "lora.rank=2", "lora.ranks={client-0: 1}"),
+        ("server.aggregation.rule=flexlora", "lora.rank=2", "lora.ranks={client-0: 1}"),
         ("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-0: 1}"),
     ],
-    ids=["fedex", "ffa", "flora"],
+    ids=["fedex", "ffa", "rolora", "fedsa", "hetlora", "flexlora", "flora"],
 )
 def test_nodes_train_as_the_simulation(settings: tuple[str, ...], tmp_path: Path) -> None:
     both = Both(tmp_path, federation(tmp_path, *settings))

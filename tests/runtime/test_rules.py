@@ -1,5 +1,7 @@
 """Runs with published rules of aggregation: what travels, what is exported, and resuming to the same bits."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,15 @@ import numpy as np
 import pytest
 
 import fltac
+from fltac.errors import InputError, RunError
 from fltac.model.peft_format import import_adapter
 from fltac.model.peft_import import CONFIG as PEFT_CONFIG
-from fltac.records import lora_modules
+from fltac.records import Cluster, lora_modules
 from fltac.runtime.checkpoint import latest_checkpoint
+from fltac.runtime.loop import as_sent
 from fltac.runtime.progress import Silent
 from runtime.test_run import scores_of, small
+from server.builders import adapter, state
 
 HALF = ("federation.participation=0.5", "evaluation.every=0", "federation.rounds=2")
 
@@ -73,3 +78,29 @@ def test_bytes_and_errors_of_the_rules(tmp_path: Path) -> None:
     assert max(errors["ffa-lora"]) < 1e-6
     assert min(errors["fedit"]) > 1e-3
     assert 0 < max(errors["flexlora"]) < max(errors["fedit"])
+
+
+def test_slots_that_nobody_asked_hold_no_cluster_and_are_counted_in_no_folder(tmp_path: Path) -> None:
+    """With ifca there are clusters before anybody has chosen one; v0 is none of them."""
+    settings = ("federation.participation=0.5", "federation.rounds=1", "training.steps=1", "output.adapters=false")
+    result = fltac.run(small("method=ifca", *settings), tmp_path)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    members = {cluster.id: len(cluster.members) for cluster in checkpoint.state.clusters}
+    counted = Counter[str]()
+    for folders in result.summary["adapters"].values():
+        counted.update(folders)
+    assert counted == {f"cluster-{number}": count for number, count in members.items() if count}
+
+
+def test_a_rank_for_a_client_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    config = small("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-9: 1}")
+    with pytest.raises(InputError, match=r"lora\.ranks\.client-9: no client has this id; there are client-0, client-1"):
+        fltac.run(config, tmp_path)
+
+
+def test_numbers_that_the_wire_cannot_carry_end_the_run_in_one_line() -> None:
+    grown = replace(state("a"), round_number=4, clusters=(Cluster(0, adapter(1, 1e5), (("a", 0),)),))
+    assert as_sent(grown, small()) is grown
+    with pytest.raises(RunError, match=r"^round 4: tensor 'm\.lora_B': .*beyond float16.*wire\.dtype=float32$"):
+        as_sent(grown, small("wire.dtype=float16"))

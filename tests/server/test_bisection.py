@@ -6,8 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from fltac.records import Adapter, Reply, ServerState
-from fltac.server.bisection import LARGEST, bisect, cosines, inner_products, smaller_half, update_norms
+from fltac.records import Adapter, Cluster, LateReply, Reply, ServerState
+from fltac.server.bisection import LARGEST, bisect, cosines, inner_products, nearest, smaller_half, update_norms
 from fltac.server.cohort import admit
 from fltac.server.round import finish_round, plan_round
 from fltac.server.rules import RULES
@@ -172,9 +172,51 @@ def test_of_equal_halves_that_without_the_first_leaves() -> None:
 
 
 def test_a_latecomer_is_compared_without_the_frozen_part_of_clusters() -> None:
-    flora = ("server.aggregation.rule=flora",)
-    after = play(state("a", "b"), [reply(client, by_b(10)) for client in "ab"], *flora)
+    fedex = ("server.aggregation.rule=fedex",)
+    after = play(state("a", "b"), [reply("a", adapter(1, 10)), reply("b", adapter(2, 5))], *fedex)
     assert any(".base_" in name for name in after.clusters[0].adapter)
     grown = replace(after, clients=("a", "b", "late"))
-    done = play(grown, [reply("late", by_b(5))], *flora)
+    done = play(grown, [reply("late", by_b(5))], *fedex)
     assert done.assignment()["late", 0] == 0
+
+
+def test_a_latecomer_of_a_smaller_rank_is_compared_by_what_it_trained() -> None:
+    """Its update is filled up with zeros; the rows of v0 that it never had are no change."""
+    first = {"m.lora_A": np.full((2, 3), 9, np.float32), "m.lora_B": np.zeros((2, 2), np.float32)}
+    began = {**first, "m.lora_A": np.array([[9, 9, 9], [0, 0, 0]], np.float32)}
+    own = {**began, "m.lora_A": np.array([[10, 9, 9], [0, 0, 0]], np.float32)}
+    like = {**first, "m.lora_A": np.array([[11, 9, 9], [9, 9, 9]], np.float32)}
+    unlike = {**first, "m.lora_A": np.array([[9, 9, 9], [1, 1, 1]], np.float32)}
+    assert nearest(own, began, [Cluster(4, unlike, ()), Cluster(6, like, ())], first, False) == 6
+
+
+def test_a_late_first_update_of_a_smaller_rank_began_from_what_of_v0_it_was_sent() -> None:
+    ranks = ("server.aggregation.rule=hetlora", "lora.rank=2", "lora.ranks={late: 1}", "federation.stale=use")
+    settings = server(*CFL, *ranks)
+    head = {name: tensor for name, tensor in adapter(0, 0).items() if "head" in name}
+    first = {"m.lora_A": np.full((2, 3), 9, np.float32), "m.lora_B": np.zeros((2, 2), np.float32), **head}
+    begin = replace(state("late"), initial=first)
+    (slow,) = plan_round(begin, settings)
+    like = {**first, "m.lora_A": np.array([[11, 9, 9], [9, 9, 9]], np.float32)}
+    unlike = {**first, "m.lora_A": np.array([[9, 9, 9], [1, 1, 1]], np.float32)}
+    clusters = Cluster(4, unlike, (("a", 0),)), Cluster(6, like, (("b", 0),))
+    now = replace(begin, round_number=1, clients=("a", "b", "late"), clusters=clusters, next_cluster_id=7)
+    assert slow.initial is not None
+    trained = {**slow.initial, "m.lora_A": np.array([[10, 9, 9]], np.float32)}
+    late = LateReply(slow, reply("late", trained))
+    after, report = finish_round(now, plan_round(now, settings), [reply("a", unlike)], settings, None, [late])
+    assert report.stale == 1
+    assert after.assignment()["late", 0] == 6
+
+
+def test_with_a_server_optimizer_a_half_goes_on_from_where_its_members_were() -> None:
+    adam = ("server.aggregation.optimizer=fedadam",)
+    before = play(state(*"abcde"), [reply(client, by_b(10)) for client in "abcde"], *adam)
+    moved = {cluster.id: replace(cluster, adapter=by_b(10)) for cluster in before.clusters}
+    before = replace(before, clusters=tuple(moved.values()))
+    replies = [reply(client, by_b(16)) for client in "ace"] + [reply(client, by_b(4)) for client in "bd"]
+    after = play(before, replies, *adam)
+    assert after.assignment()["b", 0] == 1
+    b = float(after.clusters[1].adapter["m.lora_B"][0, 0])
+    # One step of FedAdam from 10 towards 4: m = -.1 * 6, v = .01 * 36.
+    assert b == pytest.approx(10 - 0.01 * 0.6 / (0.6 + 1e-3), abs=1e-4)

@@ -5,7 +5,6 @@ import pytest
 
 from fltac.config import ServerSettings, load_config
 from fltac.records import Adapter, Presence, Reply, Request, ServerState, Update, base_of, is_head
-from fltac.server.matching import match_by_members
 from fltac.server.round import finish_round, init_server, plan_round
 
 BODY = {"m.lora_A": (2, 3), "m.lora_B": (4, 2)}
@@ -171,19 +170,6 @@ def test_residuals_work_with_clusters(rule: str, clustering: str) -> None:
             expected = np.mean([total({**item.adapter, **base_of(sent[item.client])}) for item in own], axis=0)
             np.testing.assert_allclose(total(cluster.adapter), expected, atol=1e-4)
         state = after
-
-
-def test_groups_find_their_cluster_by_their_members() -> None:
-    settings = server()
-    first = start(settings, *"abcd")
-    clusters = play(first, server("server.clustering.rule=none"))[0].clusters
-    slots = [cluster.members[0] for cluster in clusters]
-    groups = [[slots[2]], [slots[0], slots[1]], [("new", 0)]]
-    ids = match_by_members(groups, clusters, 4)
-    assert ids[0] == 2
-    assert ids[1] in (0, 1)
-    assert len(set(ids)) == 3
-    assert match_by_members(groups, (), 4) == [4, 5, 6]
 
 
 def test_the_optimizers_moments_belong_to_the_cluster() -> None:

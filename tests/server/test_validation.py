@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from fltac.records import Rejection, Reply, Request
-from fltac.server.validation import LARGEST, Expectations, Expected, accept_updates, update_fault
+from fltac.server.validation import (
+    LARGEST,
+    LARGEST_PRODUCT,
+    Expectations,
+    Expected,
+    accept_updates,
+    product_fault,
+    update_fault,
+)
 from server.builders import adapter, reply, server, state, update
 
 
@@ -135,3 +143,19 @@ def test_profiles_are_checked_and_may_be_missing() -> None:
     assert all(told[client].startswith(reason) for client, (_, reason) in faults.items() if reason is not None)
     unasked, (rejection,) = accept_updates(replies[:1], asked("a"), expected)
     assert (unasked, rejection.reason) == ([], "has a profile that was not asked for")
+
+
+@pytest.mark.parametrize(
+    ("rule", "refused"), [("flexlora", 1), ("flora", 1), ("fedex", 1), ("mean", 0), ("hetlora", 0)]
+)
+def test_a_product_beyond_what_can_be_sent_is_refused_where_it_is_decomposed(rule: str, refused: int) -> None:
+    """One client's diverged factors, each of which could be sent, must not end the run for all others."""
+    expected = Expectations(INITIAL, server(f"server.aggregation.rule={rule}"), 1)
+    huge = adapter(300.0, 300.0)
+    used, rejections = accept_updates([reply("a", huge), reply("b", GOOD)], asked("a", "b"), expected)
+    assert len(used) == 2 - refused
+    assert [item.reason for item in rejections] == [
+        "the norms of the factors of m are 520 and 424; allowed are up to 60000 for their product"
+    ] * refused
+    edge = {**GOOD, "m.lora_A": np.array([[LARGEST_PRODUCT, 0, 0]], np.float32)}
+    assert product_fault({**edge, "m.lora_B": np.array([[1], [0]], np.float32)}) is None

@@ -52,7 +52,11 @@ class AggregationConfig(Section):
 
 
 def aggregation_fault(
-    config: AggregationConfig, rank: int, ranks: Mapping[str, int], trainable: Literal["lora", "all", "none"]
+    config: AggregationConfig,
+    rank: int,
+    ranks: Mapping[str, int],
+    trainable: Literal["lora", "all", "none"],
+    pooled: bool,
 ) -> str | None:
     """Says in one line which other setting a rule cannot be used with; None if all is well.
 
@@ -61,8 +65,15 @@ def aggregation_fault(
         rank: Of the clusters' adapters.
         ranks: Of clients with fewer, by id.
         trainable: What clients train.
+        pooled: Whether nothing is federated: one round, in which nothing is averaged.
     """
     rule = config.rule
+    if pooled and ranks:
+        return "lora.ranks: there are no clients to have them with federation.pool"
+    if pooled and config.optimizer != "none":
+        return f"server.aggregation.optimizer: got {config.optimizer!r}; federation.pool averages nothing, so only none"
+    if pooled and rule == "rolora":
+        return "server.aggregation.rule: got 'rolora', which would train B alone in the one round of federation.pool"
     if ranks and rule not in MIXING:
         return f"lora.ranks: the rule {rule!r} cannot mix ranks; {', '.join(MIXING)} can"
     for client, own in ranks.items():

@@ -27,7 +27,8 @@ class ClusteringConfig(Section):
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
-    """Slots of one client fall into different clusters."""
+    """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
+    loss; the other rules do not look at it."""
     memory: Annotated[float, Field(ge=0, le=1)] = 1.0
     """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added."""
     starts: Positive = 20

@@ -308,11 +308,10 @@ class Config(Section):
         fault = clustering_fault(grouping, self.server.aggregation.rule, self.pooled)
         if fault is not None:
             raise ValueError(fault)
-        fault = aggregation_fault(self.server.aggregation, self.lora.rank, self.lora.ranks, self.training.trainable)
+        lora, trainable = self.lora, self.training.trainable
+        fault = aggregation_fault(self.server.aggregation, lora.rank, lora.ranks, trainable, self.pooled)
         if fault is not None:
             raise ValueError(fault)
-        if self.lora.ranks and self.pooled:
-            raise ValueError("lora.ranks: there are no clients to have them with federation.pool")
         return self
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from fltac.model.backbone import Backbone, pooled
 from fltac.model.first_token import Cut
@@ -285,7 +285,7 @@ class LaneModel:
             layer.lora_B = self._leaf(slice(None), self._body[path + LORA_B])
         for name, parameter in self.full.items():
             part = self._body[name + DELTA]
-            _point(parameter, self.values[0, part.start : part.stop].view(part.shape))
+            parameter.data = self.values[0, part.start : part.stop].view(part.shape)
             parameter.requires_grad_(True)
             parameter.grad = self.gradients[0, part.start : part.stop].view(part.shape)
 
@@ -295,7 +295,3 @@ class LaneModel:
         leaf = values.view(shape).requires_grad_()
         leaf.grad = self.gradients[lane, part.start : part.stop].view(shape)
         return leaf
-
-
-def _point(parameter: nn.Parameter, view: Tensor) -> None:
-    parameter.data = view

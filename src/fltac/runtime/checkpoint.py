@@ -185,7 +185,9 @@ def _read(folder: Path) -> Checkpoint:
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"damaged checkpoint: {text_path}: not the JSON of a checkpoint") from error
     if version != FORMAT:
-        raise InputError(f"damaged checkpoint: {text_path}: format {version!r}; expected {FORMAT}")
+        raise InputError(
+            f"{text_path}: format {version!r} of another version of fltac; this one reads and writes format {FORMAT}"
+        )
     if _sha256(to_json(content).encode()) != content_sha256:
         raise InputError(f"damaged checkpoint: {text_path}: its content does not match its SHA-256")
     if _sha256(blob) != tensors_sha256:

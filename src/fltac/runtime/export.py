@@ -23,12 +23,14 @@ def adapter_folders(state: ServerState) -> dict[tuple[int, str], str]:
 
 def folders_of_tasks(experiment: Experiment, state: ServerState) -> dict[str, dict[str, int]]:
     """For each task the folders of the adapters that its clients received, with the number of clients."""
-    names, assignment, first = adapter_folders(state), state.assignment(), _clusters(state)[0].id
+    names, assignment = adapter_folders(state), state.assignment()
+    # Without clusters v0 is exported for all; else a slot that has none holds v0, which is in no folder.
+    first = None if state.clusters else 0
     out: dict[str, Counter[str]] = {name: Counter() for name in experiment.tasks}
     for holding in experiment.holdings:
-        folder = names.get((assignment.get(holding.key, first), holding.head_key))
-        if folder is not None:
-            out[holding.task][folder] += 1
+        cluster = assignment.get(holding.key, first)
+        if cluster is not None and (cluster, holding.head_key) in names:
+            out[holding.task][names[cluster, holding.head_key]] += 1
     return {task: dict(counts.most_common()) for task, counts in out.items()}
 
 

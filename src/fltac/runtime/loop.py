@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fltac.config import Config
+from fltac.errors import RunError
 from fltac.records import Adapter, LateReply, Presence, Reply, Request, RoundReport, ServerState, SlotKey
 from fltac.server.cohort import admit
 from fltac.server.round import finish_round, plan_delivery, plan_round
+from fltac.wire.blob import WireError
 from fltac.wire.codec import decode_adapter, encode_adapter
 
 Record = dict[str, Any]
@@ -39,12 +41,19 @@ class Exchange:
 
 
 def as_sent(state: ServerState, config: Config) -> ServerState:
-    """The state with its adapters rounded as the wire rounds them, so that all sides hold the same numbers."""
+    """The state with its adapters rounded as the wire rounds them, so that all sides hold the same numbers.
+
+    Raises:
+        RunError: a number has grown beyond what the wire can carry.
+    """
     if config.wire_dtype == "float32":
         return state
 
     def rounded(adapter: Adapter) -> Adapter:
-        return decode_adapter(encode_adapter(adapter, config.wire_dtype))
+        try:
+            return decode_adapter(encode_adapter(adapter, config.wire_dtype))
+        except WireError as error:
+            raise RunError(f"round {state.round_number}: {error}") from error
 
     clusters = tuple(replace(cluster, adapter=rounded(cluster.adapter)) for cluster in state.clusters)
     own = {key: rounded(tensors) for key, tensors in state.own.items()}

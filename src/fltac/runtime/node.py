@@ -6,7 +6,6 @@ scores; an error that it answers names client, slot and tensor, never a task, a 
 
 import logging
 import secrets
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from fltac.config.loading import parse_yaml
 from fltac.data.metrics import predictions_from_logits, score
 from fltac.errors import InputError
 from fltac.evaluation import evaluation_rows, predict_logits, with_head
-from fltac.records import BASE_A, BASE_B, HEAD, LORA_A, LORA_B, Adapter, FloatArray, Reply, Request, is_base, is_head
+from fltac.records import Adapter, FloatArray, Reply, Request
 from fltac.runtime.owner import Owner, load_owner
+from fltac.runtime.received import received_fault
 from fltac.wire.blob import WireError
 from fltac.wire.node_protocol import (
     Answer,
@@ -258,62 +258,3 @@ def scores(owner: Owner, jobs: list[TrainJob], max_rows: int | None) -> Scores:
         # A correlation may be above 1 by rounding.
         out[job.slot] = SlotScore(float(np.clip(np.mean(found), -1.0, 1.0)), rows)
     return Scores(owner.client.id, out)
-
-
-def received_fault(
-    request: Request, initial: Adapter | None, slot: int, head_keys: set[str], owner: Owner
-) -> str | None:
-    """Says in one line why a slot cannot start from what was received; None if it can."""
-    cluster = request.slots.get(slot)
-    received = initial if cluster is None else request.adapters[cluster]
-    if received is None:
-        return "it has no cluster yet, and the first adapter v0 was not sent"
-    if cluster is not None and (frozen := owner.config.server.aggregation.frozen(request.round_number)):
-        # Factors that are never trained are not sent again.
-        kept = {name: tensor for name, tensor in (initial or {}).items() if name.endswith(frozen)}
-        received = {**kept, **received}
-    hidden, rank = owner.backbone.hidden, owner.config.lora.rank_of(owner.client.id)
-    expected = {name: _at_rank(name, shape, rank) for name, shape in owner.model.body_shapes.items()}
-    fault = _base_fault(received, owner.model.body_shapes)
-    if fault is not None:
-        return fault
-    for key in head_keys:
-        outputs = int(key)
-        expected |= {f"{HEAD}{key}.weight": (outputs, hidden), f"{HEAD}{key}.bias": (outputs,)}
-    for name in received:
-        if not is_head(name) and not is_base(name) and name not in expected:
-            return f"tensor {name} is not part of this client's adapter"
-    for name, shape in expected.items():
-        tensor = received.get(name, (initial or {}).get(name) if is_head(name) else None)
-        if tensor is None:
-            return f"tensor {name} is missing"
-        if tensor.shape != shape:
-            return f"tensor {name} has shape {list(tensor.shape)}; expected {list(shape)}"
-        if not np.isfinite(tensor).all():
-            return f"tensor {name} has values that are not finite"
-    return None
-
-
-def _at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """A body tensor's shape for a client of this rank."""
-    if name.endswith(LORA_A):
-        return (rank, *shape[1:])
-    return (*shape[:1], rank) if name.endswith(LORA_B) else shape
-
-
-def _base_fault(received: Adapter, body_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What is wrong with the bases: both factors of an adapted module, of one rank, finite."""
-    for name in filter(is_base, received):
-        module = name.removesuffix(BASE_A).removesuffix(BASE_B)
-        if module + LORA_A not in body_shapes:
-            return f"tensor {name} is not part of this client's adapter"
-        pair = received.get(module + BASE_B), received.get(module + BASE_A)
-        outputs, inputs = body_shapes[module + LORA_B][0], body_shapes[module + LORA_A][1]
-        if any(part is None or part.ndim != 2 for part in pair):
-            return f"tensor {name} has no counterpart, or is no matrix"
-        b, a = (part for part in pair if part is not None)
-        if b.shape != (outputs, len(a)) or a.shape[1] != inputs:
-            return f"tensor {name} is of a base {list(b.shape)} {list(a.shape)}; expected {[outputs]} by {[inputs]}"
-        if not (np.isfinite(b).all() and np.isfinite(a).all()):
-            return f"tensor {name} has values that are not finite"
-    return None

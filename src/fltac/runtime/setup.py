@@ -213,6 +213,9 @@ def build_clients(
             holdings.append(Holding(client, slot, name, key))
         if slots:
             clients[client] = Client(client, slots)
+    for client in config.lora.ranks:
+        if client not in partition.clients:
+            raise InputError(f"lora.ranks.{client}: no client has this id; there are {', '.join(partition.clients)}")
     return clients, holdings
 
 

@@ -9,8 +9,9 @@ from scipy.spatial.distance import squareform
 from sklearn.metrics import silhouette_score
 
 from fltac.config import ServerSettings
-from fltac.records import LORA_B, Adapter, lora_modules
+from fltac.records import LORA_B, Adapter, Cluster, lora_modules
 from fltac.server.grouping import Evidence, Grouping
+from fltac.server.products import RENEWING, most_similar
 
 Matrix = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -28,14 +29,15 @@ def allocate(evidence: Evidence, settings: ServerSettings) -> Grouping:
           as it likes, is not here: a client gets its own cluster's adapter alone, and none of the others' is sent.
         - The warm-up is the first round in which an update can be used; the paper's has a length of its own.
         - Where no K has a silhouette above 0, or there are fewer than three slots, there is one cluster.
-        - A slot that comes later, trained from v0 as all were, joins the cluster whose mean B is nearest.
+        - A slot that comes later, trained from v0 as all were, joins the cluster whose mean B is nearest; with flora
+          and flexlora, which keep no mean B, the one whose product is most similar.
         - Heads are averaged with their cluster, and never compared.
     """
     state = evidence.state
     if state.clusters:
         home = state.assignment()
         labels = {
-            update.key: home[update.key] if update.key in home else _nearest(update.adapter, evidence)
+            update.key: home[update.key] if update.key in home else _nearest(update.adapter, state.clusters, settings)
             for update in evidence.updates
         }
         return Grouping(labels, identities=True, clustered=True)
@@ -100,8 +102,9 @@ def _silhouette(distances: Matrix, labels: Labels) -> float | None:
     return float(silhouette_score(distances, labels, metric="precomputed"))
 
 
-def _nearest(adapter: Adapter, evidence: Evidence) -> int:
+def _nearest(adapter: Adapter, clusters: Sequence[Cluster], settings: ServerSettings) -> int:
     """The id of the cluster whose mean has the nearest B."""
-    clusters = evidence.state.clusters
+    if settings.aggregation.rule in RENEWING:
+        return most_similar(adapter, clusters, settings.seed)
     distances = b_distances([adapter, *(cluster.adapter for cluster in clusters)])[0, 1:]
     return clusters[int(distances.argmin())].id

@@ -16,6 +16,7 @@ from fltac.config import ClusteringConfig, ServerSettings
 from fltac.records import Adapter, Cluster, ServerState, is_base, is_head
 from fltac.server.aggregation import weights_of
 from fltac.server.grouping import Evidence, Grouping
+from fltac.server.products import RENEWING, most_similar
 
 Matrix = NDArray[np.float64]
 
@@ -42,8 +43,8 @@ def bisect_clusters(evidence: Evidence, settings: ServerSettings) -> Grouping:
         - The larger half keeps the id (of equal ones, that with the first slot), the other gets a new one. Slots
           without an update stay with the id; they may be split off when they take part again.
         - A slot that comes later has begun from v0. It joins the cluster whose adapter has changed since v0 in the
-          most similar direction, where the paper walks down the tree of earlier splits, and has no say in a split of
-          this round.
+          most similar direction (with flora and flexlora, whose factors are no sum of changes: whose product is most
+          similar), where the paper walks down the tree of earlier splits, and has no say in a split of this round.
         - A cluster is split at most once in a round. A stale update counts with the change since what it began from.
     """
     state, head = evidence.state, settings.clustering.head
@@ -67,7 +68,11 @@ def bisect_clusters(evidence: Evidence, settings: ServerSettings) -> Grouping:
             memory[key] = {LARGEST: np.array([largest[cluster.id]], dtype=np.float32)}
     for update in evidence.updates:
         if update.key not in home:
-            labels[update.key] = joined = nearest(update.adapter, clusters, state.initial, head)
+            if settings.aggregation.rule in RENEWING:
+                joined = most_similar(update.adapter, clusters, settings.seed)
+            else:
+                joined = nearest(update.adapter, evidence.began[update.key], clusters, state.initial, head)
+            labels[update.key] = joined
             memory[update.key] = {LARGEST: np.array([largest[joined]], dtype=np.float32)}
     return Grouping(labels, identities=True, clustered=True, memory=memory)
 
@@ -159,8 +164,11 @@ def smaller_half(second: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return ~second if second.sum() * 2 > len(second) else second
 
 
-def nearest(adapter: Adapter, clusters: Sequence[Cluster], initial: Adapter, head: bool) -> int:
-    """The id of the cluster that has changed since v0 in the direction most similar to an adapter's."""
+def nearest(adapter: Adapter, began: Adapter, clusters: Sequence[Cluster], initial: Adapter, head: bool) -> int:
+    """The id of the cluster that has changed since v0 in the direction most similar to an adapter's change.
+
+    The adapter began from v0, too, perhaps at a smaller rank.
+    """
     adapters = [adapter, *(cluster.adapter for cluster in clusters)]
-    similarity = cosines(inner_products(adapters, [initial] * len(adapters), initial, head))
+    similarity = cosines(inner_products(adapters, [began, *[initial] * len(clusters)], initial, head))
     return clusters[int(similarity[0, 1:].argmax())].id

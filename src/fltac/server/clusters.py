@@ -17,11 +17,11 @@ from fltac.records import (
 )
 from fltac.seeding import derive, generator
 from fltac.server.aggregation import Part, combined, mean_adapter, optimized, product_error, weights_of
-from fltac.server.aggregation.rules import RENEWING
 from fltac.server.changes import received_by
 from fltac.server.first import first_factors
 from fltac.server.grouping import Grouping
-from fltac.server.matching import match_by_members, match_clusters
+from fltac.server.matching import match_clusters, match_products
+from fltac.server.products import RENEWING
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,16 @@ class Clustered:
 
 @dataclass(frozen=True)
 class _Group:
-    """A group's slots, what those that sent an update contribute, and what the rule makes of it."""
+    """A group's slots, what those that sent an update contribute and began from, and what the rule makes of it."""
 
     keys: tuple[SlotKey, ...]
     parts: tuple[Part, ...]
+    starts: tuple[Adapter, ...]
     adapter: Adapter
+
+    def began(self) -> Adapter:
+        """The mean of what those with an update began from."""
+        return mean_adapter(self.starts, [part.weight for part in self.parts])
 
 
 def regrouped(
@@ -71,7 +76,8 @@ def regrouped(
     if grouping.identities:
         ids = list(groups)
     elif settings.aggregation.rule in RENEWING:
-        ids = match_by_members([group.keys for group in groups.values()], state.clusters, state.next_cluster_id)
+        made = [group.adapter for group in groups.values()]
+        ids = match_products(made, state.clusters, state.next_cluster_id, settings.seed)
     else:
         plain = [Cluster(cluster.id, without_base(cluster.adapter), ()) for cluster in state.clusters]
         ids = match_clusters([without_base(group.adapter) for group in groups.values()], plain, state.next_cluster_id)
@@ -84,7 +90,8 @@ def regrouped(
         adapter, trained = group.adapter, {name for part in group.parts for name in part.adapter}
         if settings.aggregation.optimizer != "none" and trained:
             trained = {name for name in trained if not name.endswith(frozen)}
-            held = {**state.initial, **old}
+            # A new cluster, as a half that was split off, goes on from what its members began from.
+            held = {**state.initial, **(old or group.began())}
             adapter, moments[cluster] = optimized(
                 adapter, held, moments.get(cluster, {}), trained, settings.aggregation
             )
@@ -141,7 +148,8 @@ def _groups(
         rest = [
             {name: tensor for name, tensor in held.items() if is_head(name) and name not in adapter} for held in holds
         ]
-        groups[label] = _Group(tuple(keys), parts, {**adapter, **mean_adapter(rest, [1.0] * len(rest))})
+        starts = tuple(began[key] for key in keys if key in by_key)
+        groups[label] = _Group(tuple(keys), parts, starts, {**adapter, **mean_adapter(rest, [1.0] * len(rest))})
     return groups
 
 

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from fltac.records import Adapter, Cluster, SlotKey
+from fltac.records import Adapter, Cluster
 from fltac.server.clustering import squared_distances
+from fltac.server.products import images
 from fltac.server.similarity import flattened
 
 
@@ -23,30 +24,23 @@ def match_clusters(means: Sequence[Adapter], clusters: Sequence[Cluster], next_i
         One id for each group, all different. Groups left over where there are more groups than clusters get new
         ids in their order; clusters left over keep their adapter without members.
     """
-    if not clusters:
-        return _ids(np.zeros((len(means), 0)), clusters, next_id)
-    flat = flattened([*means, *(cluster.adapter for cluster in clusters)], head=False).astype(np.float64)
-    flat = flat - flat.mean(axis=0)
-    costs = np.asarray(squared_distances(flat[: len(means)], flat[len(means) :]), dtype=np.float64)
-    return _ids(costs, clusters, next_id)
+    adapters = [*means, *(cluster.adapter for cluster in clusters)]
+    return _matched(flattened(adapters, head=False).astype(np.float64), clusters, next_id)
 
 
-def match_by_members(groups: Sequence[Sequence[SlotKey]], clusters: Sequence[Cluster], next_id: int) -> list[int]:
-    """As :func:`match_clusters`, at the most slots that stay in their cluster.
-
-    Args:
-        groups: The slots of each group of this round.
-        clusters: Of the round before.
-        next_id: The first id that was never used.
-    """
-    stay = [[len(set(group) & set(cluster.members)) for cluster in clusters] for group in groups]
-    return _ids(-np.array(stay, dtype=np.float64).reshape(len(groups), len(clusters)), clusters, next_id)
+def match_products(adapters: Sequence[Adapter], clusters: Sequence[Cluster], next_id: int, seed: int) -> list[int]:
+    """As :func:`match_clusters`, by the distances of the products, bases included (``seed``: of their estimate)."""
+    points = images([*adapters, *(cluster.adapter for cluster in clusters)], seed)
+    return _matched(points, clusters, next_id)
 
 
-def _ids(costs: NDArray[np.float64], clusters: Sequence[Cluster], next_id: int) -> list[int]:
-    """The least sum of costs ``[groups, clusters]``."""
-    ids = [-1] * len(costs)
+def _matched(points: NDArray[np.float64], clusters: Sequence[Cluster], next_id: int) -> list[int]:
+    """The least sum of squared distances; ``points`` are those of the groups, then those of the clusters."""
+    count = len(points) - len(clusters)
+    ids = [-1] * count
     if clusters:
+        points = points - points.mean(axis=0)
+        costs = squared_distances(points[:count], points[count:])
         for group, index in zip(*linear_sum_assignment(costs), strict=True):
             ids[group] = clusters[index].id
     for group, number in enumerate(ids):

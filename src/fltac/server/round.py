@@ -194,7 +194,8 @@ def finish_round(
     else:
         for item in late:
             used, refused = accept_late(item, began, state.initial, settings)
-            sent = {update.key: item.request.began(update) or state.initial for update in used}
+            first = outbox.shared(None, item.request.client)
+            sent = {update.key: item.request.began(update) or first for update in used}
             began |= {key: completion.began(adapter) for key, adapter in sent.items()}
             updates, rejections, stale = [*updates, *used], [*rejections, *refused], stale + len(used)
         updates.sort(key=lambda update: update.key)

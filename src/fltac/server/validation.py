@@ -5,11 +5,28 @@ from collections.abc import Container, Mapping, Sequence
 import numpy as np
 
 from fltac.config import ServerSettings
-from fltac.records import Adapter, LateReply, Rejection, Reply, Request, SlotKey, Update, at_rank, is_head
+from fltac.config.aggregation import STEPPING
+from fltac.records import (
+    LORA_A,
+    LORA_B,
+    Adapter,
+    LateReply,
+    Rejection,
+    Reply,
+    Request,
+    SlotKey,
+    Update,
+    at_rank,
+    is_head,
+    lora_modules,
+)
 
 LARGEST = 1e6
 """An upload with a larger number has diverged, and its square would leave float32's accuracy in a mean."""
 
+LARGEST_PRODUCT = 6e4
+"""Likewise of an upload's ``B A`` where a rule decomposes products: its singular values have to be sent, perhaps in
+float16, which ends at 65504."""
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -64,6 +81,7 @@ class Expectations:
         self._initial, self._settings = initial, settings
         self._frozen = settings.aggregation.frozen(round_number)
         self.noise = settings.clustering.profile_noise
+        self.decomposed = settings.aggregation.rule not in STEPPING
         self._by_rank: dict[int | None, Expected] = {}
 
     def of(self, client: str) -> Expected:
@@ -105,6 +123,7 @@ def accept_updates(
             fault = update_fault(update, reply.client, seen, expected)
             fault = fault or choice_fault(update, request.candidates)
             fault = fault or profile_fault(update, request.profile, expected.hidden, expectations.noise)
+            fault = fault or (product_fault(update.adapter) if expectations.decomposed else None)
             seen.add(update.slot)
             if fault is None:
                 updates.append(update)
@@ -202,6 +221,17 @@ def choice_fault(update: Update, candidates: Sequence[int]) -> str | None:
         return f"names cluster {update.cluster}, but was not asked to choose"
     if update.cluster not in candidates:
         return f"has chosen cluster {update.cluster}; it was sent {', '.join(map(str, candidates))}"
+    return None
+
+
+def product_fault(adapter: Adapter) -> str | None:
+    """Says in one line which product may be too large to be sent once it is decomposed; None if none is."""
+    for module in lora_modules(adapter):
+        a, b = (np.linalg.norm(adapter[module + part].astype(np.float64)) for part in (LORA_A, LORA_B))
+        if a * b > LARGEST_PRODUCT:
+            return f"the norms of the factors of {module} are {a:.3g} and {b:.3g}; allowed are up to " + (
+                f"{LARGEST_PRODUCT:g} for their product"
+            )
     return None
 
 

@@ -175,6 +175,11 @@ def test_hetlora_weighs_by_the_norms_of_the_products() -> None:
     for name in fresh_factors():
         expected = np.average([part.adapter[name] for part in parts], axis=0, weights=weights)
         np.testing.assert_allclose(result[name], expected, rtol=1e-5, atol=1e-6)
+    lower = by("hetlora", members(1, 2), fresh_factors())
+    for name in SHAPES:
+        np.testing.assert_array_equal(lower[f"{name}.lora_A"][2], fresh_factors()[f"{name}.lora_A"][2])
+        assert not lower[f"{name}.lora_B"][:, 2].any(), "the product stays"
+        assert not np.array_equal(lower[f"{name}.lora_A"][1], fresh_factors()[f"{name}.lora_A"][1])
     nothing = [Part(fresh_factors(), {}, 1.0), Part({**fresh_factors()}, {}, 1.0)]
     np.testing.assert_array_equal(by("hetlora", nothing)["one.lora_A"], fresh_factors()["one.lora_A"])
 

@@ -28,7 +28,7 @@ def optimized(
 
     Args:
         mean: What the rule of aggregation made.
-        held: What the cluster held before; v0 for a new one. What it lacks was taken from v0 too.
+        held: What the cluster held before; of a new one, the mean of what its members began from.
         moments: Of the cluster, from its last step; empty at first.
         trained: Names of the tensors that members trained in this round.
         config: Names the optimizer.

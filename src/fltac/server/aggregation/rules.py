@@ -57,12 +57,13 @@ def _mean(parts: Sequence[Part], _: Adapter) -> Adapter:
     return mean_adapter([part.adapter for part in parts], [part.weight for part in parts])
 
 
-def _hetlora(parts: Sequence[Part], _: Adapter) -> Adapter:
+def _hetlora(parts: Sequence[Part], fresh: Adapter) -> Adapter:
     """After HetLoRA (arXiv 2401.06432): factors filled up with zeros, averaged by the Frobenius norms of the products.
 
     A client is sent the first rows of A and columns of B. What differs: clients do not prune their rank themselves;
     the norm multiplies the weight of the member (``weighting: uniform`` is the paper); heads are averaged by weight
-    alone.
+    alone; a row that is zero in both factors, since only clients of smaller ranks were heard, is fresh in A, or nobody
+    could ever train it again.
     """
     norms = np.zeros(len(parts))
     for module in lora_modules(parts[0].adapter):
@@ -75,6 +76,9 @@ def _hetlora(parts: Sequence[Part], _: Adapter) -> Adapter:
         norms[:] = 1.0
     weights = [float(part.weight * norm) for part, norm in zip(parts, norms, strict=True)]
     factors = mean_adapter([_split(part.adapter)[0] for part in parts], weights)
+    for module in lora_modules(factors):
+        dead = ~(factors[module + LORA_A].any(axis=1) | factors[module + LORA_B].any(axis=0))
+        factors[module + LORA_A][dead] = fresh[module + LORA_A][dead]
     return {**factors, **_mean_heads(parts)}
 
 
@@ -132,9 +136,6 @@ def _split(adapter: Adapter) -> tuple[Adapter, Adapter]:
 def _mean_heads(parts: Sequence[Part]) -> Adapter:
     return _mean([replace(part, adapter=_split(part.adapter)[1]) for part in parts], {})
 
-
-RENEWING = frozenset({"flora"})
-"""Rules after which all clusters hold the same factors, so that these do not tell one cluster from another."""
 
 RULES: Mapping[str, Rule] = {
     "mean": _mean,

@@ -103,8 +103,9 @@ def test_the_papers_config_has_the_papers_counts(method: str) -> None:
     assert config.backbone.pooling == "pooler"
 
 
-def test_every_value_of_the_papers_config_says_where_it_is_from() -> None:
-    lines = (CONFIGS / "glue-bert.yaml").read_text().splitlines()
+@pytest.mark.parametrize("name", ["glue-bert", "cifar-vit"])
+def test_every_value_of_the_papers_config_says_where_it_is_from(name: str) -> None:
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     values = [line for line in lines if line.strip() and not line.startswith("#") and not line.rstrip().endswith(":")]
     unmarked = [line for line in values if not any(f"# {mark}" in line for mark in ("paper", "public code", "ours"))]
     assert not unmarked

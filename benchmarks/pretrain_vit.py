@@ -48,19 +48,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-every", type=int, default=400, help="steps between two linear probes")
     parser.add_argument("--data", default="${FLTAC_DATA}/data/cifar10", help="folder with train and test parquet files")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for targets and state")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for images, and each seed's targets and state")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the model")
     args = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     folder = Path(expand(args.data, "--data"))
-    args.work.mkdir(parents=True, exist_ok=True)
+    work = args.work / f"seed-{args.seed}"
+    work.mkdir(parents=True, exist_ok=True)
     images = remembered_images(folder, args.work / "images.npy")
-    targets = remembered_targets(images, args.seed, args.work / "targets.safetensors")
+    targets = remembered_targets(images, args.seed, work / "targets.safetensors")
     recipe = Recipe()
     torch.manual_seed(derive(args.seed, "cifar-vit-weights"))
     student = build(recipe, targets.whole.shape[1], targets.cells.shape[2], images[:2000])
     chosen = optimizers(student, recipe)
-    done, seconds = restore(args.work / STATE, student, chosen)
+    done, seconds = restore(work / STATE, student, chosen)
     last = min(args.steps, args.stop or args.steps)
     while done < last:
         until = min(last, (done // SAVE_STEPS + 1) * SAVE_STEPS)
@@ -70,7 +71,7 @@ def main() -> int:
         ]
         seconds += time.process_time() - begun
         done = until
-        keep(args.work / STATE, student, chosen, done, seconds)
+        keep(work / STATE, student, chosen, done, seconds)
         print(f"step {done} of {args.steps}: loss {np.mean(loss):.3f}, {seconds:.0f} CPU seconds", flush=True)
         if done % args.probe_every == 0 and done < last:
             print(f"  probe {probe(student, folder)}", flush=True)

@@ -11,7 +11,6 @@ import typer
 
 from fltac.errors import InputError
 
-NAMES = "table1, table2, figure2, figure3, figure4, parameters"
 SOURCE_CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 """Where the experiments lie if this package is used from its source tree."""
 
@@ -24,7 +23,7 @@ class ScaleOption(StrEnum):
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help=f"One of {NAMES}.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     scale: Annotated[ScaleOption, typer.Option(help="Two cores and local data, or the paper's.")] = ScaleOption.small,
     out: Annotated[
@@ -38,6 +37,8 @@ def reproduce(
     json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, everything else on stderr.")] = False,
 ) -> None:
     """Make one table or figure of the paper; what is finished in the folder is not run again.
+
+    NAME: table1, table2, figure2, figure3, figure4 or parameters.
 
     KEY=VALUE changes a setting of all its experiments (lora.rank=2), or of one (glue.lora.rank=2).
     """

@@ -10,7 +10,7 @@ from fltac.config import load_config
 from fltac.errors import InputError
 from fltac.records import ServerState
 from fltac.report.results import Result, SeedResult
-from fltac.reproduce.figure2 import radar_values
+from fltac.reproduce.figure2 import printed_scores, radar_values
 from fltac.reproduce.figure4 import projected
 from fltac.reproduce.registry import reproduce
 from fltac.reproduce.uploads import Recorder
@@ -107,7 +107,18 @@ def test_the_partition_and_the_radar_chart(tiny: Path, tmp_path: Path) -> None:
     summary = read(out / "glue" / "fltac-paper" / "seed-0" / "summary.json")
     assert data["radar"]["fltac-paper"] == {task: own["score"] for task, own in summary["tasks"].items()}
     assert set(data["radar"]) == {"majority", "zero", "fltac-paper"}
+    assert data["paper"] == {"fltac-paper": {"rte": 0.532, "sst2": 0.874}}
     assert all((out / f"figure2{name}").stat().st_size for name in ("a.svg", "a.png", "b.svg", "b.png"))
+
+
+def test_the_papers_radar_is_that_of_dolly() -> None:
+    """By the preset behind a task's name; a task that the paper does not have is left out."""
+    presets = {"ideas": "dolly-brainstorming", "own": "own"}
+    assert printed_scores("dolly", presets, ["zero", "fedit", "oracle"]) == {
+        "zero": {"ideas": 0.830},
+        "fedit": {"ideas": 0.340},
+    }
+    assert printed_scores("cifar", {"own": "own"}, ["fedit"]) == {}
 
 
 def result(method: str, metric: str, **scores: float) -> Result:

@@ -1,16 +1,19 @@
 """Tables from tiny runs: what they say, what is run again, and what is refused before anything is run."""
 
 import csv
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fltac.config import load_config
 from fltac.errors import InputError
 from fltac.model.backbone import load_backbone
-from fltac.reproduce import paper, runs
+from fltac.report.results import Result
+from fltac.reproduce import comparison, paper, runs
 from fltac.reproduce.order import sort_overrides
 from fltac.reproduce.registry import reproduce
 from fltac.runtime import experiment
@@ -65,6 +68,34 @@ def test_the_table_says_what_differs(table1: Path) -> None:
     assert below[1:5] == ["", "paper", "0.524", "0.652"]
 
 
+def test_a_row_says_where_its_method_differs_otherwise(tiny: Path, tmp_path: Path) -> None:
+    """``central`` has a rate and a schedule of its own at the small scale, and the tasks are none of the paper's."""
+    configs = tmp_path / "configs"
+    shutil.copytree(tiny, configs)
+    path = configs / "cifar-vit-small.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["lora"]["dropout"] = 0.1
+    tree["methods"] = {"central": {"training": {"lr": 0.001, "schedule": "linear"}, "federation": {"rounds": 5}}}
+    path.write_text(yaml.safe_dump(tree))
+    overrides = sort_overrides((), parts=("cifar",))
+    wanted = order("table1", tmp_path / "out", configs)
+    chosen = {
+        method: runs.runs_of(wanted, "cifar", [method], overrides)[0].config for method in ("fltac-paper", "central")
+    }
+    theirs = {method: load_config(configs / "cifar-vit.yaml", [f"method={method}"]) for method in chosen}
+    results = {method: Result(method, method, ()) for method in chosen}
+    block = comparison.Block("cifar", chosen, results, {"digits-high": (50, 20)})
+    common = comparison.common_differences(block, theirs)
+    assert common == [
+        "data digits-high: 50 rows, scored on 20, not a task of the paper",
+        "2 rounds for 5",
+        "0.1 dropout for 0.0",
+    ]
+    own = comparison.own_differences(block, "central", theirs)
+    assert own[:-1] == ["5 rounds as there", "0.001 learning rate for 0.005", "linear schedule for constant"]
+    assert comparison.own_differences(block, "fltac-paper", theirs)[:-1] == []
+
+
 def test_what_is_finished_is_not_run_again(table1: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (table1 / "table1.json").read_bytes()
     monkeypatch.setattr(experiment, "run", lambda *_: pytest.fail("everything is finished"))
@@ -115,6 +146,9 @@ def test_an_interrupted_table_goes_on(tiny: Path, tmp_path: Path, monkeypatch: p
         (["method=fedit"], "method: not allowed here; methods=a,b says which methods are run"),
         (["lora.ranq=2"], "lora.ranq: unknown key; did you mean lora.rank?"),
         (["glue.data_root=${NO_SUCH_VARIABLE}/data"], "NO_SUCH_VARIABLE, which is not set"),
+        (["cifar.backbone.name=results/models/nothing"], "'results/models/nothing': there is no such folder; relative"),
+        (["cifar.backbone.name=/no/such/model"], "backbone.name: '/no/such/model': there is no such folder"),
+        (["cifar.tasks={own: {kind: image, path: /no/rows, columns: [img], label: y}}"], "'/no/rows': no such file"),
         (["glue.data_root=/no/such/folder"], "data_root: '/no/such/folder': there is no folder"),
     ],
 )

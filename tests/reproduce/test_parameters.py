@@ -56,6 +56,12 @@ def test_overrides_change_them() -> None:
     computed = [row["computed"] for row in counted("lora.rank=2").data["rows"]]
     assert computed[:5] == [5 * (2 * QV + HEAD), 16 * (2 * QV + HEAD), 2 * QV + HEAD, 2 * QV, 2 * QV]
     assert computed[-1] == 108_311_810, "the whole model has no rank"
+    said = [row["differs"] for row in counted("lora.rank=2").data["rows"]]
+    assert said[:2] == ["rank 2 for 1", "rank 2 for 1"]
+    assert said[2] == "rank 2 for 16; the head once; printed is the row above"
+    assert said[-1] == "nothing"
+    assert counted().table[1][-1] == "nothing"
+    assert counted("vit.lora.layers=[0]").data["rows"][3]["differs"] == "lora.layers [0]"
     one = [row["computed"] for row in counted("vit.lora.layers=[0]", "llama.lora.targets=[q_proj]").data["rows"]]
     assert one[0] == 5 * (QV + HEAD)
     assert one[3] == QV // 12
@@ -97,8 +103,9 @@ def test_the_papers_config_has_the_papers_counts(method: str) -> None:
     assert config.backbone.pooling == "pooler"
 
 
-def test_every_value_of_the_papers_config_says_where_it_is_from() -> None:
-    lines = (CONFIGS / "glue-bert.yaml").read_text().splitlines()
+@pytest.mark.parametrize("name", ["glue-bert", "cifar-vit"])
+def test_every_value_of_the_papers_config_says_where_it_is_from(name: str) -> None:
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     values = [line for line in lines if line.strip() and not line.startswith("#") and not line.rstrip().endswith(":")]
     unmarked = [line for line in values if not any(f"# {mark}" in line for mark in ("paper", "public code", "ours"))]
     assert not unmarked

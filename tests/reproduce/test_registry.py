@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fltac.errors import InputError
 from fltac.reproduce import registry
 from fltac.reproduce.order import sort_overrides
 from fltac.reproduce.registry import ITEMS, reproduce
-from fltac.reproduce_command import NAMES
+from fltac.reproduce_command import reproduce as reproduce_command
 from fltac.runtime.progress import Silent
 from reproduce.experiments import order
 
@@ -28,7 +29,8 @@ def command(*arguments: str) -> int:
 
 
 def test_help_names_what_there_is() -> None:
-    assert NAMES.split(", ") == list(ITEMS)
+    (line,) = (line for line in (reproduce_command.__doc__ or "").splitlines() if "NAME:" in line)
+    assert re.findall(r"[a-z]+\d|parameters", line) == list(ITEMS)
 
 
 def test_the_command_prints_json_alone_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +98,26 @@ def test_what_was_made_otherwise_is_not_overwritten(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     reproduce(order("parameters", out, CONFIGS), Silent())
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_fewer_seeds_do_not_replace_what_more_have_made(tmp_path: Path) -> None:
+    """A single seed for figure3's default of ten would lose nine; more seeds go on from those there are."""
+    quick = ("epochs=1", "points=3")
+    out = tmp_path / "out"
+    reproduce(order("figure3", out, CONFIGS, *quick, seeds=2), Silent())
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match=r"was made from 2 seeds, not 1; choose another folder, or --seeds 2 or more"):
+        reproduce(order("figure3", out, CONFIGS, *quick, seeds=1), Silent())
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    reproduce(order("figure3", out, CONFIGS, *quick), Silent())
+    assert json.loads((out / "figure3.json").read_text())["seeds"] == 10
+
+
+@pytest.mark.parametrize("name", ["parameters", "figure4"])
+def test_seeds_that_would_be_ignored_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--seeds: got 3; {name} is made from one"):
+        reproduce(order(name, tmp_path / "out", CONFIGS, seeds=3), Silent())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])

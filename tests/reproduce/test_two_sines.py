@@ -9,7 +9,7 @@ import torch
 from fltac.errors import InputError
 from fltac.reproduce.figure3 import make
 from fltac.reproduce.registry import reproduce
-from fltac.reproduce.two_sines import errors, small_width, trained
+from fltac.reproduce.two_sines import ARMS, errors, small_width, trained
 from fltac.runtime.progress import Silent
 from reproduce.experiments import order, read
 
@@ -43,10 +43,17 @@ def test_nets_that_train_together_do_not_touch_each_other() -> None:
     rows, targets = torch.randn(2, 30, 1, generator=draw), torch.randn(2, 30, generator=draw)
     other = targets * torch.tensor([[1.0], [-2.0]])
     first, second = (
-        trained(rows, wanted, rows, 4, 20, torch.Generator().manual_seed(1)) for wanted in (targets, other)
+        trained(rows, wanted, rows, 4, 20, [torch.Generator().manual_seed(1)]) for wanted in (targets, other)
     )
     assert torch.equal(first[0], second[0])
     assert not torch.allclose(first[1], second[1])
+
+
+def test_a_seeds_errors_do_not_depend_on_the_other_seeds() -> None:
+    few, many = (errors(5, seeds, points=20, epochs=5).of for seeds in ([1], [0, 1, 2]))
+    for arm in ARMS:
+        assert few[arm][0] == pytest.approx(many[arm][1], rel=1e-4)
+        assert few[arm][0] != pytest.approx(many[arm][0], rel=1e-2)
 
 
 def test_the_figure_is_written_with_its_numbers(tmp_path: Path) -> None:

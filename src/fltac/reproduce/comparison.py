@@ -100,7 +100,7 @@ def _block(part: str, runs: Sequence[Run], results: Sequence[Result]) -> Block:
 
 def common_differences(block: Block, papers: Mapping[str, Config]) -> list[str]:
     """What differs in all rows of an experiment: the model, the share of the data, the rounds."""
-    method = next((name for name in ("fltac-paper", "fltac") if name in block.configs), next(iter(block.configs)))
+    method = _reference(block)
     ours, theirs = block.configs[method], papers[method]
     out = []
     if ours.backbone.name != theirs.backbone.name:
@@ -109,7 +109,8 @@ def common_differences(block: Block, papers: Mapping[str, Config]) -> list[str]:
     for task, (train, validation) in block.sizes.items():
         preset = ours.tasks[task].preset or task
         if preset not in WHOLE:
-            shares.append(f"{task}: {train} rows, {validation} held out")
+            foreign = "" if preset in COLUMN_OF else ", not a task of the paper"
+            shares.append(f"{task}: {train} rows, scored on {validation}{foreign}")
             continue
         whole = WHOLE[preset]
         held_out = ours.tasks[task].validation is not None
@@ -120,26 +121,50 @@ def common_differences(block: Block, papers: Mapping[str, Config]) -> list[str]:
         shares += [f"{task}: {text}" for text in said if text]
     if shares:
         out.append("data " + ", ".join(shares))
-    for key, mine, other in (
-        ("rounds", ours.federation.rounds, theirs.federation.rounds),
-        ("steps a round", ours.training.steps, theirs.training.steps),
-        ("batch size", ours.training.batch_size, theirs.training.batch_size),
-        ("learning rate", ours.training.lr, theirs.training.lr),
-        ("clients", ours.federation.clients, theirs.federation.clients),
-    ):
-        if mine != other:
-            out.append(f"{mine} {key} for {other}")
-    return out
+    return [
+        *out,
+        *(f"{mine} {key} for {other}" for key, (mine, other) in _pairs(ours, theirs).items() if mine != other),
+    ]
+
+
+def _pairs(ours: Config, theirs: Config) -> dict[str, tuple[object, object]]:
+    """What a result depends on, by name: ours and the paper's."""
+    found = [
+        {
+            "rounds": config.federation.rounds,
+            "steps a round": config.training.steps,
+            "batch size": config.training.batch_size,
+            "learning rate": config.training.lr,
+            "clients": config.federation.clients,
+            "dropout": config.lora.dropout,
+            "pooling": config.backbone.pooling,
+            "schedule": config.training.schedule,
+            "augmentation": config.training.augment,
+            "scale": config.lora.scaling,
+        }
+        for config in (ours, theirs)
+    ]
+    return {key: (found[0][key], found[1][key]) for key in found[0]}
+
+
+def _reference(block: Block) -> str:
+    """The method whose settings are those of all rows that do not say otherwise."""
+    return next((name for name in ("fltac-paper", "fltac") if name in block.configs), next(iter(block.configs)))
 
 
 def _share(rows: int, whole: int, which: str) -> str | None:
     return None if rows >= whole else f"{rows / whole:.1%} of the {which} rows"
 
 
-def _own_differences(block: Block, method: str, papers: Mapping[str, Config]) -> list[str]:
-    """What differs in one row: the rank, and how many seeds there are."""
-    ours, theirs = block.configs[method].lora, papers[method].lora
-    out = [] if ours.rank == theirs.rank else [f"rank {ours.rank} for {theirs.rank}"]
+def own_differences(block: Block, method: str, papers: Mapping[str, Config]) -> list[str]:
+    """What differs in one row: the rank, what the method sets otherwise than the rest, and how many seeds there are."""
+    ours, theirs = block.configs[method], papers[method]
+    out = [] if ours.lora.rank == theirs.lora.rank else [f"rank {ours.lora.rank} for {theirs.lora.rank}"]
+    reference = _reference(block)
+    usual = _pairs(block.configs[reference], papers[reference])
+    for key, (mine, other) in _pairs(ours, theirs).items():
+        if (mine, other) != usual[key]:
+            out.append(f"{mine} {key} " + ("as there" if mine == other else f"for {other}"))
     seeds = len(block.results[method].runs)
     return [*out, "one seed" if seeds == 1 else f"{seeds} seeds"]
 
@@ -162,7 +187,7 @@ def _rows(
         )
         if result is None and score is None:
             continue
-        own = _own_differences(block, method, papers[block.part]) if result else []
+        own = own_differences(block, method, papers[block.part]) if result else []
         runs = result.runs if result else ()
         ari, sent = spread([run.ari for run in runs]), spread([run.up_bytes / 1e6 for run in runs])
         out.append(
@@ -205,7 +230,7 @@ def _table(
         facts = [_by_part([(part, _over(result, "ari", 2)) for part, result in results])]
         facts.append(_by_part([(part, _over(result, "up", 2)) for part, result in results]))
         differs = [
-            ", ".join([letters[block.part], *_own_differences(block, method, papers[block.part])])
+            ", ".join([letters[block.part], *own_differences(block, method, papers[block.part])])
             for block in blocks
             if method != "majority"
         ]

@@ -9,6 +9,7 @@ from fltac.report.partition_plot import shares
 from fltac.report.results import Result
 from fltac.report.scores_plot import COLOURS
 from fltac.reproduce.order import Made, Order, sort_overrides
+from fltac.reproduce.paper import ACCURACY, COLUMN_OF, JUDGED
 from fltac.reproduce.runs import EXPERIMENTS, METHODS, finished, methods_of, runs_of
 from fltac.runtime.progress import Progress
 from fltac.runtime.setup import load_partition
@@ -45,9 +46,35 @@ def make(order: Order, progress: Progress) -> Made:
         f"({runs[0].config.federation.partition.alpha}).",
         f"Radar chart: {reading}, {'one seed' if seeds == 1 else f'mean over {seeds} seeds'}.",
     ]
-    data = {"experiment": part, "clients": counts, "radar": values, "radar_shows": reading, "seeds": seeds}
+    paper = printed_scores(part, {task: own.preset or task for task, own in runs[0].config.tasks.items()}, list(values))
+    if paper:
+        judged = "; they are an LLM judge's, so compare methods within one source only" if part == "dolly" else ""
+        notes.append(f"The paper's scores of these methods and tasks are `paper` in the JSON{judged}.")
+    data = {
+        "paper": paper,
+        "experiment": part,
+        "clients": counts,
+        "radar": values,
+        "radar_shows": reading,
+        "seeds": seeds,
+    }
     pictures = {"a": _heat_map(counts, tasks), "b": _radar(values)}
     return Made(data, table, notes, pictures=pictures)
+
+
+def printed_scores(part: str, presets: Mapping[str, str], methods: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The paper's numbers for those methods and tasks that it has: method to task to score."""
+    printed = JUDGED if part == "dolly" else ACCURACY
+    found = {
+        method: {
+            task: printed[method][column]
+            for task, preset in presets.items()
+            if (column := COLUMN_OF.get(preset, preset)) in printed[method]
+        }
+        for method in methods
+        if method in printed
+    }
+    return {method: row for method, row in found.items() if row}
 
 
 def radar_values(results: Sequence[Result]) -> tuple[dict[str, dict[str, float]], str]:

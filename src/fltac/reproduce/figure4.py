@@ -75,7 +75,7 @@ def make(order: Order, progress: Progress) -> Made:
         f"`{part}` under `{method}`, one seed. Each round's uploaded factors (A and B flattened, no heads) by "
         f"{'UMAP' if projection == 'umap' else 'the first two principal components'}, each round for itself: "
         "positions cannot be compared between panels. Colour: cluster; marker: true task, which the server never sees.",
-        "Clear islands of one colour only say that the clusters were made from these very numbers. Whether an island "
+        "Clear islands of one colour only say that the clusters were made from the same uploads. Whether an island "
         "is a task is what the markers and the ARI say.",
     ]
     data = {"experiment": part, "method": method, "projection": projection, "rounds": [_numbers(p) for p in panels]}

@@ -34,7 +34,7 @@ class Output:
 
         Raises:
             InputError: the folder is a file, is not empty and not made by this command, belongs to another scale, or
-                holds the item with other settings.
+                holds the item with other settings or from more seeds.
         """
         out = order.out
         if out.exists() and not out.is_dir():
@@ -51,11 +51,18 @@ class Output:
         output = cls(order)
         numbers = output.path(".json")
         if numbers.exists():
-            before = _read(numbers).get("settings")
+            found = _read(numbers)
+            before = found.get("settings")
             if before != list(order.overrides):
                 raise InputError(
                     f"--out: {numbers} was made with {_said(before)}, not with {_said(list(order.overrides))}; "
                     "choose another folder"
+                )
+            seeds = found.get("seeds")
+            if isinstance(seeds, int) and (order.seeds or 1) < seeds:
+                raise InputError(
+                    f"--out: {numbers} was made from {seeds} seeds, not {order.seeds or 1}; choose another folder, or "
+                    f"--seeds {seeds} or more"
                 )
         return output
 
@@ -75,7 +82,8 @@ class Output:
             InputError: the folder cannot be written.
         """
         order = self.order
-        data = {"name": order.name, "scale": order.scale, "settings": list(order.overrides), **made.data}
+        data = {"name": order.name, "scale": order.scale, "settings": list(order.overrides), "seeds": order.seeds or 1}
+        data |= made.data
         pictures = [link for name in made.pictures for link in ("", f"![{order.name}]({order.name}{name}.svg)")]
         title = f"# {order.name}, {order.scale} scale"
         text = "\n".join([title, "", markdown_table(made.table), *(f"\n{note}" for note in made.notes), *pictures, ""])

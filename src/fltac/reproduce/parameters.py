@@ -77,10 +77,11 @@ def make(order: Order, progress: Progress) -> Made:
             own = validated(LoraConfig, merge({"rank": count.rank}, lora), "lora")
             adapter = adapter_parameters(model, own)
             row |= {"rank": own.rank, "adapter": adapter, "computed": count.copies * (adapter + (head or 0))}
-        rows.append({**row, "what": count.what})
+        rows.append({**row, "what": count.what, "differs": _differs(count, row, lora)})
     notes = [
         "adapter: numbers in the low-rank factors of one adapter (query and value projections). "
         "computed = copies × (adapter + head); where no rank is given, the whole model with its head. "
+        "what: what the printed number is made of; differs: what ours is made of instead. "
         "Every module is found and every shape read on the real architecture, built without weights."
     ]
     if order.overrides:
@@ -90,10 +91,21 @@ def make(order: Order, progress: Progress) -> Made:
             "614,432 = 16 × (36,864 + 1,538): the paper multiplies the head by the rank along with the adapter. One "
             "adapter of rank 16 with its one head has 591,362."
         )
-    columns = ("printed", "computed", "backbone", "rank", "copies", "adapter", "head", "what")
+    columns = ("printed", "computed", "backbone", "rank", "copies", "adapter", "head", "what", "differs")
     table = [list(columns), *([_cell(row[column]) for column in columns] for row in rows)]
     csv = [{column: row[column] for column in columns} for row in rows]
     return Made({"rows": csv}, table, notes, csv)
+
+
+def _differs(count: Count, row: dict[str, Any], lora: Tree) -> str:
+    """What our number counts otherwise than the paper's."""
+    out = [] if row["backbone"] == BACKBONES[count.part] else [f"backbone {row['backbone']}"]
+    if count.rank is not None:
+        out += [f"rank {row['rank']} for {count.rank}"] if row["rank"] != count.rank else []
+        out += [f"lora.{key} {value}" for key, value in lora.items() if key in ("targets", "layers")]
+    if count.printed is None:
+        out.append("the head once; printed is the row above")
+    return "; ".join(out) or "nothing"
 
 
 def _settings(overrides: Overrides, part: str) -> tuple[str, Tree]:

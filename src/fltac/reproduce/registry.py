@@ -4,7 +4,7 @@ import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fltac.errors import InputError
@@ -20,10 +20,12 @@ class Item:
     Attributes:
         what: In a few words, for ``--help`` and for errors.
         needs: Extra of the package to the module that it brings, where the item cannot do without.
+        seeds: How many it is made from by default; None if it is made from one and no other number.
     """
 
     what: str
     needs: Mapping[str, str]
+    seeds: int | None = 1
 
 
 PLOT: Final = {"plot": "matplotlib"}
@@ -32,9 +34,9 @@ ITEMS: Final[Mapping[str, Item]] = {
     "table1": Item("accuracy on GLUE and CIFAR by method", {}),
     "table2": Item("scores on the categories of Dolly by method", {}),
     "figure2": Item("who holds what, and the methods' scores as a radar chart", PLOT),
-    "figure3": Item("two small nets against one on two noisy sines", PLOT),
-    "figure4": Item("the uploaded adapters over the rounds, in the plane", PLOT),
-    "parameters": Item("the paper's parameter counts, from the real architectures", {}),
+    "figure3": Item("two small nets against one on two noisy sines", PLOT, 10),
+    "figure4": Item("the uploaded adapters over the rounds, in the plane", PLOT, None),
+    "parameters": Item("the paper's parameter counts, from the real architectures", {}, None),
 }
 """Each is made by ``make`` of the module of its name in this package."""
 
@@ -47,7 +49,11 @@ def reproduce(order: Order, progress: Progress) -> tuple[Made, Output]:
             experiments' configs, data or backbones is wrong. Nothing that was there has been overwritten.
     """
     check_name(order.name)
-    refuse_missing(order.name, ITEMS[order.name].needs)
+    item = ITEMS[order.name]
+    if item.seeds is None and (order.seeds or 1) > 1:
+        raise InputError(f"--seeds: got {order.seeds}; {order.name} is made from one")
+    order = replace(order, seeds=order.seeds or item.seeds)
+    refuse_missing(order.name, item.needs)
     output = Output.open(order)
     make: Callable[[Order, Progress], Made] = importlib.import_module(f"fltac.reproduce.{order.name}").make
     made = make(order, progress)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from fltac.config import Config, load_config
+from fltac.data.loading import open_splits
+from fltac.data.tasks import resolve_task
 from fltac.errors import InputError
 from fltac.paths import BUILTIN, expand, resolve
 from fltac.report.results import Result, load_results
@@ -149,10 +151,23 @@ def as_started(config: Config, stored: Config) -> Config:
 
 
 def _check_places(config: Config) -> None:
-    """What can be said of data and backbone without reading them: variables that are not set, packages missing."""
+    """What can be said of data and backbone without reading them or asking the hub.
+
+    Raises:
+        InputError: a variable is not set, a package, a folder or a task's files are missing.
+    """
     if config.data_root is not None:
         root = Path(expand(config.data_root, "data_root"))
         if not root.is_dir():
             raise InputError(f"data_root: {config.data_root!r}: there is no folder {root}")
+    for name, task in config.tasks.items():
+        resolved = resolve_task(name, task, config.data_root)
+        if resolved.path is not None:
+            open_splits(resolved)
     if not config.backbone.name.startswith(BUILTIN):
-        resolve(config.backbone.name, "backbone.name")
+        folder = Path(resolve(config.backbone.name, "backbone.name"))
+        if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2):  # a hub id is OWNER/NAME
+            raise InputError(
+                f"backbone.name: {config.backbone.name!r}: there is no such folder; relative ones are looked for in "
+                f"{Path.cwd()}"
+            )

@@ -64,8 +64,8 @@ def errors(width: int, seeds: Sequence[int], points: int, epochs: int) -> Errors
     for arm in ARMS:
         hidden = small if arm == "two" else width
         rows, targets, tests = _for_arm(arm, x, y, grid)
-        nets = torch.Generator().manual_seed(derive(seeds[0], f"two-sines-{arm}-{width}"))
-        answers = trained(rows, targets, tests, hidden, epochs, nets).reshape(len(seeds), 2, TEST_POINTS)
+        draws = [torch.Generator().manual_seed(derive(seed, f"two-sines-{arm}-{width}")) for seed in seeds]
+        answers = trained(rows, targets, tests, hidden, epochs, draws).reshape(len(seeds), 2, TEST_POINTS)
         out[arm] = ((answers - truth) ** 2).mean(dim=2).double().numpy()
     return Errors(width, small, out)
 
@@ -93,12 +93,26 @@ def _numbered(x: Tensor) -> Tensor:
     return torch.cat([x, number], dim=3)
 
 
-def trained(rows: Tensor, targets: Tensor, tests: Tensor, hidden: int, epochs: int, draw: torch.Generator) -> Tensor:
-    """Answers of the trained nets on the test rows: ``[nets, rows]``. One hidden layer, tanh, Adam, MSE."""
+def trained(
+    rows: Tensor, targets: Tensor, tests: Tensor, hidden: int, epochs: int, draws: Sequence[torch.Generator]
+) -> Tensor:
+    """Answers of the trained nets on the test rows: ``[nets, rows]``. One hidden layer, tanh, Adam, MSE.
+
+    Args:
+        rows: ``[nets, rows, inputs]``.
+        targets: ``[nets, rows]``.
+        tests: ``[nets, rows, inputs]``.
+        hidden: Width.
+        epochs: Full-batch steps.
+        draws: Of the first weights, each for as many nets that follow one another.
+    """
     nets, inputs = rows.shape[0], rows.shape[2]
-    bound = inputs**-0.5
-    shapes = (((nets, inputs, hidden), bound), ((nets, 1, hidden), bound), ((nets, hidden, 1), hidden**-0.5))
-    weights = [((2 * torch.rand(shape, generator=draw) - 1) * limit).requires_grad_() for shape, limit in shapes]
+    bound, each = inputs**-0.5, nets // len(draws)
+    shapes = (((each, inputs, hidden), bound), ((each, 1, hidden), bound), ((each, hidden, 1), hidden**-0.5))
+    weights = []
+    for shape, limit in shapes:
+        drawn = torch.cat([torch.rand(shape, generator=draw) for draw in draws])
+        weights.append(((2 * drawn - 1) * limit).requires_grad_())
     weights.append(torch.zeros(nets, 1, 1, requires_grad=True))
     first, shift, second, offset = weights
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fltac.config.metrics import Metric
+
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -28,6 +30,8 @@ class BackboneConfig(Section):
     pooler. ``auto``: ``cls`` for images, else ``mean``."""
     max_length: Positive = 128
     """Text is cut after this many tokens; cut rows are counted."""
+    kind: Literal["auto", "text", "image", "causal-lm"] = "auto"
+    """What it is used for, where a coordinator without tasks of its own cannot read that from them."""
     device: Device = "auto"
 
 
@@ -35,8 +39,9 @@ class TaskConfig(Section):
     """One data set. A preset fills what is not given; see ``fltac.data.tasks``."""
 
     preset: str | None = None
-    """Name of a preset (sst2, mrpc, qqp, qnli, rte, cola, mnli, stsb, cifar10, cifar100, digits-...)."""
-    kind: Literal["text", "image"] | None = None
+    """Name of a preset (sst2, mrpc, qqp, qnli, rte, cola, mnli, stsb, cifar10, cifar100, digits-..., dolly-...)."""
+    kind: Literal["text", "image", "causal-lm"] | None = None
+    """``causal-lm``: a language model learns to answer; it has no head, and the loss is on the response alone."""
     hub: str | None = None
     """Hub id of a data set; ``subset`` is its configuration."""
     subset: str | None = None
@@ -50,13 +55,22 @@ class TaskConfig(Section):
     validation_path: str | None = None
     """File with the validation rows, where they lie apart."""
     columns: list[str] | None = None
-    """One or two text columns, or one image column."""
+    """One or two text columns, one image column, or (``causal-lm``) instruction, perhaps context, and response."""
+    filter: dict[str, str] | None = None
+    """Only rows that hold these values, by column: ``{category: open_qa}``."""
+    template: Literal["alpaca", "chat"] | None = None
+    """``causal-lm``: how instruction and context become a prompt. ``alpaca``: headed sections; ``chat``: the
+    tokenizer's own chat template. Default: alpaca."""
+    prompt_cut: Literal["left", "right"] | None = None
+    """``causal-lm``: where instruction and context of a row that is too long lose tokens. Default: right."""
+    long_response: Literal["drop", "cut"] | None = None
+    """``causal-lm``: what happens to a row whose response does not fit by itself. Default: drop."""
     label: str | None = None
     """Label column."""
     labels: list[str] | None = None
     """Class names in the order of their numbers, where the label column holds names."""
-    metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
-    """``pearson`` makes the task a regression with one output."""
+    metric: Metric | None = None
+    """``pearson`` makes the task a regression with one output; ``loss`` is that of ``causal-lm`` tasks."""
     max_rows: Positive | None = None
     """Use the first so many rows of the seeded order of the training rows."""
 

@@ -1,21 +1,26 @@
-"""Tasks by name: presets for GLUE, CIFAR and the built-in digits, and what a config's task comes to.
+"""Tasks by name: presets for GLUE, CIFAR, Dolly and the built-in digits, and what a config's task comes to.
 
 GLUE: arXiv 1804.07461. The paper (arXiv 2404.15384) scores SST-2, MRPC, QQP, QNLI, RTE and CIFAR by accuracy.
 """
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from fltac.config import TaskConfig
+from fltac.config.metrics import Metric
 from fltac.errors import InputError
 from fltac.paths import BUILTIN, expand, resolve
 
-Kind = Literal["text", "image"]
-Metric = Literal["accuracy", "f1", "matthews", "pearson"]
+Kind = Literal["text", "image", "causal-lm"]
 
 GLUE = "nyu-mll/glue"
+DOLLY = "databricks/databricks-dolly-15k"
+DOLLY_HELD_OUT = 0.1
+FOLDERS = {DOLLY: "dolly"}
+"""Names of data sets' folders below ``data_root``, where that is not the last part of the hub id."""
 DIGITS = "builtin:digits"
 
 
@@ -48,6 +53,17 @@ def _digits() -> TaskConfig:
     return TaskConfig(kind="image", path=DIGITS, validation=0.25, columns=["image"], label="label", metric="accuracy")
 
 
+def _dolly(category: str) -> TaskConfig:
+    return TaskConfig(
+        kind="causal-lm",
+        hub=DOLLY,
+        filter={"category": category},
+        columns=["instruction", "context", "response"],
+        validation=DOLLY_HELD_OUT,
+        metric="loss",
+    )
+
+
 TASK_PRESETS: dict[str, TaskConfig] = {
     "sst2": _glue("sst2", ["sentence"]),
     "mrpc": _glue("mrpc", ["sentence1", "sentence2"]),
@@ -59,12 +75,29 @@ TASK_PRESETS: dict[str, TaskConfig] = {
     "stsb": _glue("stsb", ["sentence1", "sentence2"], metric="pearson"),
     "cifar10": _cifar("cifar10", "label"),
     "cifar100": _cifar("cifar100", "fine_label"),
+    "dolly-brainstorming": _dolly("brainstorming"),
+    "dolly-classification": _dolly("classification"),
+    "dolly-closed-qa": _dolly("closed_qa"),
+    "dolly-creative-writing": _dolly("creative_writing"),
+    "dolly-general-qa": _dolly("general_qa"),
+    "dolly-information-extraction": _dolly("information_extraction"),
+    "dolly-open-qa": _dolly("open_qa"),
+    "dolly-summarization": _dolly("summarization"),
     "digits-parity": _digits(),
     "digits-high": _digits(),
     "digits-loop": _digits(),
     "digits-three": _digits(),
 }
 """Settings that a task of this name gets where its config says nothing else."""
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a row of a causal-lm task becomes tokens; the fields are those of ``TaskConfig``."""
+
+    template: Literal["alpaca", "chat"] = "alpaca"
+    prompt_cut: Literal["left", "right"] = "right"
+    long_response: Literal["drop", "cut"] = "drop"
 
 
 @dataclass(frozen=True)
@@ -83,11 +116,13 @@ class ResolvedTask:
         validation_path: File or image folder with the validation rows, expanded.
         validation: Share of the training rows held out for validation; None to hold out only where the data
             has no validation split.
-        columns: One or two text columns, or one image column.
-        label: Label column.
+        columns: One or two text columns, one image column, or instruction, perhaps context, and response.
+        label: Label column; empty for a causal-lm task.
         labels: Class names in the order of their numbers; None to take them from the data.
         metric: Pearson makes the task a regression.
         max_rows: Training rows to use at most.
+        filter: Column to the value that a row must hold to be used.
+        prompting: Of a causal-lm task.
     """
 
     name: str
@@ -106,6 +141,8 @@ class ResolvedTask:
     labels: tuple[str, ...] | None
     metric: Metric
     max_rows: int | None
+    filter: Mapping[str, str] = field(default_factory=dict)
+    prompting: Prompting = Prompting()
 
     @property
     def regression(self) -> bool:
@@ -147,7 +184,7 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
     elif path is not None:
         path = resolve(path, path_key)
     elif data_root is not None and task.preset is not None and task.hub is None and hub is not None:
-        inside = "/".join(part for part in (hub.split("/")[-1], merged.subset) if part)
+        inside = "/".join(part for part in (FOLDERS.get(hub, hub.split("/")[-1]), merged.subset) if part)
         folder = Path(expand(data_root, "data_root")) / inside
         if not folder.is_dir():
             raise InputError(f"data_root: {data_root!r} has no folder {inside}, which the task {name} needs")
@@ -173,8 +210,10 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
         columns=columns,
         label=label,
         labels=tuple(merged.labels) if merged.labels else None,
-        metric=merged.metric or "accuracy",
+        metric=merged.metric or ("loss" if kind == "causal-lm" else "accuracy"),
         max_rows=merged.max_rows,
+        filter=merged.filter or {},
+        prompting=_prompting(name, kind, merged),
     )
 
 
@@ -207,7 +246,12 @@ def _merged(name: str, task: TaskConfig) -> TaskConfig:
 def _shape(name: str, task: TaskConfig) -> tuple[Kind, tuple[str, ...], str]:
     """Kind, columns and label; an image task's are ``image`` and ``label`` unless the config says so."""
     if task.kind is None:
-        raise InputError(f"tasks.{name}.kind: not given; allowed are text, image")
+        raise InputError(f"tasks.{name}.kind: not given; allowed are text, image, causal-lm")
+    if (task.kind == "causal-lm") != (task.metric == "loss") and task.metric is not None:
+        allowed = "loss" if task.kind == "causal-lm" else "accuracy, f1, matthews, pearson"
+        raise InputError(f"tasks.{name}.metric: got {task.metric!r}; allowed for a {task.kind} task is {allowed}")
+    if task.kind == "causal-lm":
+        return task.kind, _instruction_columns(name, task), ""
     if task.kind == "image":
         columns = task.columns or ["image"]
         if len(columns) != 1:
@@ -223,3 +267,25 @@ def _shape(name: str, task: TaskConfig) -> tuple[Kind, tuple[str, ...], str]:
     if task.label is None:
         raise InputError(f"tasks.{name}.label: not given; a text task needs its label column")
     return task.kind, tuple(task.columns), task.label
+
+
+def _instruction_columns(name: str, task: TaskConfig) -> tuple[str, ...]:
+    columns = task.columns or []
+    if not 2 <= len(columns) <= 3 or len(set(columns)) < len(columns):
+        raise InputError(
+            f"tasks.{name}.columns: got {task.columns}; a causal-lm task has different columns for "
+            "[instruction, response] or [instruction, context, response]"
+        )
+    for key in ("label", "labels"):
+        if getattr(task, key) is not None:
+            raise InputError(f"tasks.{name}.{key}: got {getattr(task, key)!r}; a causal-lm task has no classes")
+    return tuple(columns)
+
+
+def _prompting(name: str, kind: Kind, task: TaskConfig) -> Prompting:
+    given = {key: getattr(task, key) for key in ("template", "prompt_cut", "long_response")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given and kind != "causal-lm":
+        key = next(iter(given))
+        raise InputError(f"tasks.{name}.{key}: got {given[key]!r}; allowed for causal-lm tasks only, this is {kind}")
+    return Prompting(**given)

@@ -18,3 +18,7 @@ def higher_is_better(metrics: Iterable[str]) -> bool | None:
 def worst(metric: str, scores: Sequence[float]) -> float:
     """The worst of some scores."""
     return max(scores) if metric in LOWER_IS_BETTER else min(scores)
+
+
+HIGHEST_LOSS = 100.0
+"""Nats; what a loss that is higher, or not a number, is reported as by a data owner. A guess is at log(vocabulary)."""

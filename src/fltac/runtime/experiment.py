@@ -11,7 +11,7 @@ from fltac.client.schedule import LanePlan
 from fltac.config import Config
 from fltac.data.partition import Partition
 from fltac.errors import InputError
-from fltac.evaluation import ScoreKey, clustering_record
+from fltac.evaluation import Measured, ScoreKey, clustering_record
 from fltac.records import RoundReport, ServerState
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.export import export_clusters
@@ -142,7 +142,7 @@ def _continue(experiment: Experiment, directory: RunDirectory, state: ServerStat
     total = sum(len(client.slots) for client in experiment.clients.values())
     meter = Meter(experiment, progress)
 
-    known: dict[ScoreKey, float] = {}
+    known: dict[ScoreKey, Measured] = {}
 
     def judge(state: ServerState, report: RoundReport, last: bool) -> Record:
         every = config.evaluation.every

@@ -98,7 +98,7 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
         steps, most = local_steps(config.training, len(rows)), file.limits.steps
         if most is not None and steps > most:
             raise InputError(f"training: {steps} steps of the task {name} in a round; limits.steps allows {most}")
-        local = LocalTask(task, rows, str(task.outputs), steps)
+        local = LocalTask(task, rows, task.head_key, steps)
         slot = 0 if shared else file.slots[name]
         slots[slot] = (*slots.get(slot, ()), local)
     return Client(file.id, slots)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fltac.client.client import Client, plan_jobs, reply_of
+from fltac.client.client import Client, head_shapes, plan_jobs, reply_of
 from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train_each
 from fltac.config import Config
@@ -41,13 +41,7 @@ class Simulation:
         """Everybody, always."""
         hidden = self.model.backbone.hidden
         return [
-            Presence(
-                client.id,
-                {
-                    slot: {local.head_key: (local.task.outputs, hidden) for local in own}
-                    for slot, own in client.slots.items()
-                },
-            )
+            Presence(client.id, {slot: head_shapes(own, hidden) for slot, own in client.slots.items()})
             for _, client in sorted(self.clients.items())
         ]
 

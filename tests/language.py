@@ -70,6 +70,8 @@ def write_instructions(file: Path, rows: int = 60) -> Path:
     for number in range(rows):
         kind = QUESTIONS[number % 3]
         context = f"case {number}" if number % 2 else ""
-        lines.append(json.dumps({"q": f"Which {kind}?", "c": context, "a": f"{kind[0] * (2 + number % 4)}", "kind": kind}))
+        lines.append(
+            json.dumps({"q": f"Which {kind}?", "c": context, "a": f"{kind[0] * (2 + number % 4)}", "kind": kind})
+        )
     file.write_text("\n".join(lines) + "\n")
     return file

@@ -57,7 +57,7 @@ class TaskScore:
     more: Mapping[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, str | float | int]:
-        """As it stands in ``rounds.jsonl``; a loss with its perplexity, which is not finite where the loss is too high."""
+        """As it stands in ``rounds.jsonl``; a loss with its perplexity, of at most exp(700)."""
         perplexity = {"perplexity": math.exp(min(self.score, 700.0))} if self.metric == "loss" else {}
         return {
             "metric": self.metric,

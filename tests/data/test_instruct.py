@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from language import BEGIN, END, make_language_model, tokenizer, write_instructions
 
 from fltac.config import BackboneConfig, load_config
 from fltac.data.encoded import EncodedTask, encoder_fingerprint, load_tasks
 from fltac.data.instruct import IGNORED
 from fltac.data.prompts import INTRODUCTION, INTRODUCTION_WITH_INPUT, alpaca
 from fltac.errors import InputError
+from language import BEGIN, END, make_language_model, tokenizer, write_instructions
 
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 FRAME = len(alpaca("", "").text)
@@ -47,7 +47,9 @@ def test_the_loss_is_on_the_response_and_its_end_alone(model: Path, tmp_path: Pa
     task = load(model, write(tmp_path / "rows.jsonl", ("Why?", "", "So."), ("Why so?", "It is.", " Because. ")))
     assert (task.outputs, task.metric, task.head_key) == (0, "loss", "")
     assert text_of(task, 0) == f"{INTRODUCTION}\n\n### Instruction:\nWhy?\n\n### Response:\nSo.</s>"
-    with_input = f"{INTRODUCTION_WITH_INPUT}\n\n### Instruction:\nWhy so?\n\n### Input:\nIt is.\n\n### Response:\nBecause."
+    with_input = (
+        f"{INTRODUCTION_WITH_INPUT}\n\n### Instruction:\nWhy so?\n\n### Input:\nIt is.\n\n### Response:\nBecause."
+    )
     assert text_of(task, 1) == with_input + "</s>"
     assert [text_of(task, row, labelled=True) for row in (0, 1)] == ["So.</s>", "Because.</s>"]
     assert task.train.lengths.tolist() == [FRAME + len("Why?So.") + 1, len(with_input) + 1]
@@ -139,7 +141,10 @@ BAD = [
     ({"columns": ["q", "c", "z"]}, r"tasks.own.columns: the train split of .* has no column 'z'"),
     ({"label": "a"}, r"tasks.own.label: got 'a'; a causal-lm task has no classes"),
     ({"metric": "accuracy"}, r"tasks.own.metric: got 'accuracy'; allowed for a causal-lm task is loss"),
-    ({"kind": "text", "columns": ["q"], "label": "a", "template": "chat"}, r"tasks.own.template: got 'chat'; .*causal-lm tasks only"),
+    (
+        {"kind": "text", "columns": ["q"], "label": "a", "template": "chat"},
+        r"tasks.own.template: got 'chat'; .*causal-lm tasks only",
+    ),
     ({"kind": "text", "label": "a", "metric": "loss"}, r"tasks.own.metric: got 'loss'; allowed for a text task is"),
     ({"max_length": FRAME}, rf"backbone.max_length: {FRAME} tokens leave no room .* beside the {FRAME} .* own"),
     ({"max_length": FRAME + 3}, r"tasks.own: no row of the train split is left of 1: 0 have no .*, 1 responses do not"),
@@ -157,7 +162,9 @@ def test_what_is_wrong_is_said_in_one_line(model: Path, tmp_path: Path, settings
 def test_dolly_by_category(data_root: Path) -> None:
     """The counts of the data set; the same tokens as a plain call of the tokenizer gives."""
     backbone = {"name": str(data_root / "models" / "stories260K"), "max_length": 512}
-    config = load_config({"backbone": backbone, "tasks": ["dolly-creative-writing"], "data_root": str(data_root / "data")})
+    config = load_config(
+        {"backbone": backbone, "tasks": ["dolly-creative-writing"], "data_root": str(data_root / "data")}
+    )
     task = load_tasks(config, backbone["name"])["dolly-creative-writing"]
     sizes = [len(split) + split.counts.get("dropped_long", 0) for split in (task.train, task.validation)]
     assert sizes == [709 - 71, 71]

@@ -1,4 +1,4 @@
-"""Predictions of a causal language model: which tokens, packed or padded, in lanes, against plain transformers and PEFT."""
+"""Predictions of a causal language model, packed or padded, and training in lanes, against transformers and PEFT."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from language import ARCHITECTURES, VOCABULARY, make_language_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
@@ -22,6 +21,7 @@ from fltac.model.lanes import LaneModel
 from fltac.model.packed_pass import first_position
 from fltac.model.packing import pack
 from fltac.model.targets import find_targets, layer_shapes
+from language import ARCHITECTURES, VOCABULARY, make_language_model
 
 STEPS, ROWS = 6, 3
 NO_LIMIT = 2**62

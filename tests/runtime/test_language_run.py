@@ -1,4 +1,4 @@
-"""Whole runs of a tiny causal language model: methods, resuming, lanes, a data owner's node, and export to plain PEFT."""
+"""Whole runs of a tiny causal language model: methods, resuming, lanes, a data owner's node, export to plain PEFT."""
 
 import json
 import math
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from language import make_language_model, write_instructions
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
@@ -21,8 +20,8 @@ import fltac
 from fltac.errors import InputError
 from fltac.evaluation import response_losses
 from fltac.records import Request
-from fltac.report.results import load_results
 from fltac.report.compare import comparison_table
+from fltac.report.results import load_results
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.node import Node
 from fltac.runtime.progress import Silent
@@ -35,6 +34,7 @@ from fltac.wire.node_protocol import (
     encode_score_question,
     encode_train_question,
 )
+from language import make_language_model, write_instructions
 
 TIMES = {"seconds", "seconds_total", "peak_rss_bytes"}
 
@@ -84,7 +84,9 @@ def test_training_lowers_the_held_out_loss(finished: Path, tree: dict[str, Any],
     assert "| method | colour (loss)" in table
 
 
-@pytest.mark.parametrize("method", ["fltac-paper", "fedit", "fedit-heads", "local", "oracle", "central", "central-full"])
+@pytest.mark.parametrize(
+    "method", ["fltac-paper", "fedit", "fedit-heads", "local", "oracle", "central", "central-full"]
+)
 def test_methods_run_without_heads(method: str, tree: dict[str, Any], tmp_path: Path) -> None:
     summary = run(tree, tmp_path / method, f"method={method}", "federation.rounds=1", "training.steps=2")
     assert set(summary["tasks"]) == {"colour", "number", "animal"}
@@ -164,8 +166,7 @@ def test_the_model_cards_lines_generate(finished: Path) -> None:
 
 
 def test_a_data_owners_node_trains_and_reports_its_loss(tree: dict[str, Any], tmp_path: Path) -> None:
-    tasks = {name: {key: value for key, value in task.items()} for name, task in tree["tasks"].items()}
-    (tmp_path / "client.yaml").write_text(yaml.safe_dump({"client": "a", "tasks": tasks}))
+    (tmp_path / "client.yaml").write_text(yaml.safe_dump({"client": "a", "tasks": tree["tasks"]}))
     config = fltac.load_config({**tree, "tasks": {}, "server": {"clustering": {"k": 3}}})
     node = Node.open(config, tmp_path / "client.yaml")
     hello = decode_answer(node.answer(encode_hello_question()))

@@ -51,8 +51,8 @@ def start_adapter(request: Request, slot: int, heads: Sequence[str], initial: Ad
     Args:
         request: From the server.
         slot: The slot.
-        heads: The head keys that its tasks use, empty ones for tasks without; other heads are left out. A head that the cluster's adapter lacks
-            is taken from v0.
+        heads: The head keys that its tasks use, empty ones for tasks without; other heads are left out. A head that
+            the cluster's adapter lacks is taken from v0.
         initial: v0, from this request or kept from an earlier one.
     """
     cluster = request.slots.get(slot)

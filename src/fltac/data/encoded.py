@@ -108,8 +108,8 @@ class Split:
 
         Returns:
             Text: ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``,
-            int64 ``[b, length]``, padded on the right; for a causal-lm task also ``labels``. Images: ``pixel_values`` float32
-            ``[b, 3, height, width]``.
+            int64 ``[b, length]``, padded on the right; for a causal-lm task also ``labels``. Images:
+            ``pixel_values`` float32 ``[b, 3, height, width]``.
 
         Raises:
             ValueError: ``pad_to`` is less than the longest row.

@@ -22,7 +22,7 @@ from fltac.config import BackboneConfig
 from fltac.data.loading import RawSplit
 from fltac.data.prompts import Prompt, prompt_of
 from fltac.data.store import Stored
-from fltac.data.tasks import Prompting, ResolvedTask
+from fltac.data.tasks import ResolvedTask
 from fltac.data.text import ROWS_AT_A_TIME, TokenRows, longest_row, open_tokenizer, tokenizer_state
 from fltac.errors import InputError
 

@@ -75,7 +75,9 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
     if validation is not None:
         found[name] = validation
     places = {split: _matching(task, split, data) for split, data in found.items()}
-    found = {split: data if len(places[split]) == len(data) else data.select(places[split]) for split, data in found.items()}
+    found = {
+        split: data if len(places[split]) == len(data) else data.select(places[split]) for split, data in found.items()
+    }
     for split, data in found.items():
         _check_columns(task, split, data, places[split])
     labels = _labels(task, found)

@@ -68,7 +68,9 @@ def _chat(row: Mapping[str, str], task: ResolvedTask, tokenizer: PreTrainedToken
         )
     except Exception as error:  # a template is a program of its own, with errors of its own
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{key}: the tokenizer's chat template cannot be used ({reason}); allowed is alpaca") from error
+        raise InputError(
+            f"{key}: the tokenizer's chat template cannot be used ({reason}); allowed is alpaca"
+        ) from error
     start = text.find(content)
     if start < 0:
         raise InputError(f"{key}: the tokenizer's chat template changes the text it is given; allowed is alpaca")

@@ -192,7 +192,7 @@ def open_tokenizer(config: BackboneConfig, folder: str, task: ResolvedTask) -> t
 
 
 def longest_row(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase, architecture: Any, pad: int) -> int:
-    """Tokens of a row at most: as configured, but not more than the tokenizer allows and the backbone has places for."""
+    """Tokens of a row at most: as configured, but no more than the tokenizer allows and the backbone has places for."""
     return min(config.max_length, int(tokenizer.model_max_length), _positions(architecture, pad))
 
 

@@ -10,13 +10,15 @@ from fltac.model.peft_format import CardFacts, export_adapter
 from fltac.records import HEAD, Adapter, Cluster, ServerState, head_keys
 from fltac.runtime.setup import Experiment
 
-
 EXAMPLE = alpaca("Name three colours.", "").text
 """For the model cards of language models; with the chat template a user makes the prompt with the tokenizer."""
 
 
 def adapter_folders(state: ServerState) -> dict[tuple[int, str], str]:
-    """The folder's name for each (cluster id, head key, empty where there is no head); without clusters v0 stands for cluster 0."""
+    """The folder's name for each (cluster id, head key); without clusters v0 stands for cluster 0.
+
+    The head key is empty where there is no head.
+    """
     out = {}
     for cluster in _clusters(state):
         keys = head_keys(cluster.adapter) or [""]

@@ -1,6 +1,6 @@
 """The typed configuration of a run, unknown keys refused with the nearest valid name."""
 
-from fltac.config.loading import load_config, parse_override, read_yaml, to_yaml
+from fltac.config.loading import evaluation_settings, load_config, parse_override, read_yaml, to_yaml
 from fltac.config.presets import PRESETS
 from fltac.config.sections import (
     AggregationConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "TaskConfig",
     "TrainingConfig",
     "WireConfig",
+    "evaluation_settings",
     "load_config",
     "parse_override",
     "read_yaml",

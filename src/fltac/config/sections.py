@@ -3,17 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from fltac.config.answers import GenerationConfig, JudgeConfig
+from fltac.config.base import Positive, Section, Share
 from fltac.config.metrics import Metric
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
-
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -265,6 +259,16 @@ class EvaluationConfig(Section):
     """Validation rows of a task scored during the run (a fixed seeded subset); all of them at the end, except by the
     nodes of a federation, whose time is their owners'."""
     batch_size: Positive = 64
+    generation: GenerationConfig | None = None
+    """Of causal language models: what ``fltac evaluate`` has them write; nothing by default."""
+    judge: JudgeConfig | None = None
+    """Who judges it; nobody by default."""
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> "EvaluationConfig":
+        if self.judge is not None and self.generation is None:
+            raise ValueError("judge needs generation: there is nothing to judge otherwise (`generation: {}` will do)")
+        return self
 
 
 class OutputConfig(Section):

@@ -22,7 +22,7 @@ from fltac.config import BackboneConfig
 from fltac.data.loading import RawSplit
 from fltac.data.prompts import Prompt, prompt_of
 from fltac.data.store import Stored
-from fltac.data.tasks import ResolvedTask
+from fltac.data.tasks import Prompting, ResolvedTask
 from fltac.data.text import ROWS_AT_A_TIME, TokenRows, longest_row, open_tokenizer, tokenizer_state
 from fltac.errors import InputError
 
@@ -53,6 +53,16 @@ class InstructRows:
     def batch(self, rows: NDArray[np.int64], pad_to: int | None) -> dict[str, NDArray[Any]]:
         """``input_ids``, ``attention_mask`` and ``labels``: the response's tokens, ``IGNORED`` elsewhere."""
         return self.stored.batch(self.kept[rows], pad_to)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The tokens of a row: the template's, the row's own text in it, the template's again, and the response's."""
+
+    before: Sequence[int]
+    body: Sequence[int]
+    after: Sequence[int]
+    response: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -88,15 +98,9 @@ class InstructEncoder:
         outcomes: list[Outcome] = []
         for prompts, responses in self._texts(split):
             texts = [prompt.text + response for prompt, response in zip(prompts, responses, strict=True)]
-            special = split.task.prompting.template != "chat"  # a chat template writes them out
-            found = self.tokenizer(
-                texts, add_special_tokens=special, return_offsets_mapping=True, padding=False, verbose=False
-            )
-            for prompt, response, ids, places in zip(
-                prompts, responses, found["input_ids"], found["offset_mapping"], strict=True
-            ):
+            for response, parts in zip(responses, self._parts(texts, prompts, split), strict=True):
                 if response:
-                    row, begin, outcome = self._row(ids, places, prompt, split.task)
+                    row, begin, outcome = self._row(parts, split.task)
                 else:
                     row, begin, outcome = [], 0, "dropped_empty"
                 tokens.append(row)
@@ -130,24 +134,46 @@ class InstructEncoder:
         kept = np.flatnonzero(batch.column("kept").to_numpy(zero_copy_only=False))
         return InstructRows(TokenRows(columns, offsets, {"input_ids": self.pad, "labels": IGNORED}), kept)
 
-    def _row(
-        self, ids: Sequence[int], places: Sequence[tuple[int, int]], prompt: Prompt, task: ResolvedTask
-    ) -> tuple[list[int], int, Outcome]:
-        """A row's tokens, where its response begins among them, and what had to be cut.
+    def prompts(self, split: RawSplit, answer: int) -> list[list[int]]:
+        """The prompts of all rows of a split, cut so that an answer of so many tokens fits behind each.
 
-        Args:
-            ids: Tokens of prompt and response in one.
-            places: The letters, from and to, that each token stands for; (0, 0) for special ones.
-            prompt: The prompt.
-            task: Says what to cut.
+        Raises:
+            InputError: there is no such room.
         """
-        begin = next(index for index, (_, stop) in enumerate(places) if stop > len(prompt.text))
-        first = next((index for index in range(begin) if places[index][1] > prompt.start), begin)
-        last = next((index for index in range(first, begin) if places[index][0] >= prompt.stop), begin)
-        response = list(ids[begin:])
-        if self.end is not None and response[-1] != self.end:
-            response.append(self.end)
-        before, body, after = list(ids[:first]), list(ids[first:last]), list(ids[last:begin])
+        out = []
+        for prompts, _ in self._texts(split):
+            for parts in self._parts([prompt.text for prompt in prompts], prompts, split):
+                room = self.max_length - answer - len(parts.before) - len(parts.after)
+                if room < 1:
+                    raise InputError(
+                        f"evaluation.generation.max_new_tokens: {answer} tokens leave no room for a prompt of the task "
+                        f"{split.task.name} in a context of {self.max_length}"
+                    )
+                body = _cut(parts.body, len(parts.body) - room, split.task.prompting)
+                out.append([*parts.before, *body, *parts.after])
+        return out
+
+    def _parts(self, texts: Sequence[str], prompts: Sequence[Prompt], split: RawSplit) -> Iterator[_Parts]:
+        """The tokens of each text, which begins with its prompt."""
+        found = self.tokenizer(
+            list(texts),
+            add_special_tokens=split.task.prompting.template != "chat",  # which writes them out
+            return_offsets_mapping=True,
+            padding=False,
+            verbose=False,
+        )
+        for prompt, ids, places in zip(prompts, found["input_ids"], found["offset_mapping"], strict=True):
+            # Special tokens stand for no letters; those behind the text are put there again where they belong.
+            count = next(index for index in range(len(ids), 0, -1) if places[index - 1][1] > 0)
+            begin = next((index for index in range(count) if places[index][1] > len(prompt.text)), count)
+            first = next((index for index in range(begin) if places[index][1] > prompt.start), begin)
+            last = next((index for index in range(first, begin) if places[index][0] >= prompt.stop), begin)
+            yield _Parts(ids[:first], ids[first:last], ids[last:begin], ids[begin:count])
+
+    def _row(self, parts: _Parts, task: ResolvedTask) -> tuple[list[int], int, Outcome]:
+        """A row's tokens, where its response begins among them, and what had to be cut."""
+        before, body, after = parts.before, parts.body, parts.after
+        response = [*parts.response, *([] if self.end is None else [self.end])]
         room = self.max_length - len(before) - len(after)
         if room < 2:
             raise InputError(
@@ -163,7 +189,7 @@ class InstructEncoder:
             response = response[: room - min(len(body), room // 2)]
         excess = len(body) + len(response) - room
         if excess > 0:
-            body = body[excess:] if task.prompting.prompt_cut == "left" else body[:-excess]
+            body = _cut(body, excess, task.prompting)
             outcome = outcome if outcome == "response_cut" else "prompt_cut"
         row = [*before, *body, *after, *response]
         return row, len(row) - len(response), outcome
@@ -173,6 +199,13 @@ class InstructEncoder:
         for rows in raw_rows(split):
             prompts = [prompt_of(row, split.task, self.tokenizer) for row in rows]
             yield prompts, [row["response"] for row in rows]
+
+
+def _cut(body: Sequence[int], excess: int, prompting: Prompting) -> Sequence[int]:
+    """Takes so many tokens, if any, from the end that the task says."""
+    if excess <= 0:
+        return body
+    return body[excess:] if prompting.prompt_cut == "left" else body[: max(0, len(body) - excess)]
 
 
 def raw_rows(split: RawSplit) -> Iterator[list[Mapping[str, str]]]:

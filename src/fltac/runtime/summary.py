@@ -132,7 +132,7 @@ def _trainable_parameters(experiment: Experiment) -> dict[str, int]:
 def truncation_lines(experiment: Experiment) -> list[str]:
     """One line for each split with rows that were cut or left out."""
     return [
-        f"{name}: {_cut(split)}, of {len(split)} {which} rows that are used"
+        f"{name}: {len(split)} {which} rows are used; {_cut(split)}"
         if split.counts
         else f"{name}: {split.truncated} of {len(split)} {which} rows are cut at {int(split.lengths.max())} tokens"
         for name, task in experiment.tasks.items()
@@ -142,10 +142,10 @@ def truncation_lines(experiment: Experiment) -> list[str]:
 
 
 REASONS = {
-    "dropped_empty": "left out without a response",
-    "dropped_long": "left out as the response does not fit",
-    "prompt_cut": "with a prompt that was cut",
-    "response_cut": "with a response that was cut",
+    "dropped_empty": "without a response are left out",
+    "dropped_long": "with a response that does not fit are left out",
+    "prompt_cut": "are used with a prompt that is cut",
+    "response_cut": "are used with a response that is cut",
 }
 
 

@@ -10,7 +10,7 @@ from fltac.config import PRESETS, Config, load_config, parse_override, to_yaml
 from fltac.errors import InputError
 
 BASE: dict[str, Any] = {"backbone": {"name": "x"}, "tasks": ["sst2", "mrpc"]}
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
 def test_k_defaults_to_the_number_of_tasks() -> None:

@@ -97,3 +97,13 @@ def test_the_most_likely_tokens_are_drawn_by_their_shares() -> None:
     cold = Counter(choose(logits, Sampling(1, 0.5, 0.8), draw) for _ in range(4000))
     assert cold[1] / 4000 == pytest.approx(25 / 34, abs=0.03)
     assert choose(logits, Sampling(1), draw) == 1
+
+
+def test_what_was_read_is_not_read_again(tmp_path: Path) -> None:
+    """After the prompts only the last token of each goes through the model."""
+    model, _ = adapted(make_language_model(tmp_path / "llama"))
+    lengths: list[int] = []
+    embeddings = model.backbone.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    generate(model, PROMPTS, Sampling(4), None, draws(3))
+    assert lengths == [12, 1, 1, 1]

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,22 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fltac
+from fltac.cli import main
+from fltac.data.prompts import alpaca
+from fltac.data.text_scores import rouge_l
 from fltac.errors import InputError
 from fltac.evaluation import response_losses
 from fltac.records import Request
 from fltac.report.compare import comparison_table
 from fltac.report.results import load_results
 from fltac.runtime.checkpoint import latest_checkpoint
+from fltac.runtime.experiment import evaluate
 from fltac.runtime.node import Node
+from fltac.runtime.owner import load_owner
+from fltac.runtime.partition_files import write_partition
 from fltac.runtime.progress import Silent
 from fltac.runtime.setup import prepare
 from fltac.wire.node_protocol import (
@@ -34,6 +38,7 @@ from fltac.wire.node_protocol import (
     encode_score_question,
     encode_train_question,
 )
+from judge.server import Reply, serving, verdict
 from language import make_language_model, write_instructions
 
 TIMES = {"seconds", "seconds_total", "peak_rss_bytes"}
@@ -147,22 +152,12 @@ def test_an_exported_adapter_is_what_was_scored(finished: Path) -> None:
         assert float(plain(**batch).loss) == pytest.approx(ours, rel=1e-5)
 
 
-def test_the_model_cards_lines_generate(finished: Path) -> None:
-    """In another process, which does not import fltac."""
+def test_the_model_cards_lines_generate(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = next(finished.glob("adapters/cluster-*"))
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace('folder = "."', f"folder = {str(folder)!r}").replace("max_new_tokens=64", "max_new_tokens=4")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code + "\nimport sys; assert 'fltac' not in sys.modules"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "### Response:" in done.stdout
+    assert "fltac" not in code
+    exec(code.replace('folder = "."', f"folder = {str(folder)!r}").replace("max_new_tokens=64", "max_new_tokens=4"))
+    assert "### Response:" in capsys.readouterr().out
 
 
 def test_a_data_owners_node_trains_and_reports_its_loss(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -195,3 +190,116 @@ def test_a_data_owners_node_trains_and_reports_its_loss(tree: dict[str, Any], tm
 def test_settings_for_classes_are_refused(tree: dict[str, Any], override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prepare(fltac.load_config(tree, [override]))
+
+
+def graded(_: int, question: Any) -> Reply:
+    return verdict(0.5)
+
+
+def test_answers_are_written_scored_and_judged(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A judge that fails leaves everything else; the next call asks for what is missing and computes nothing anew."""
+    monkeypatch.setenv("FLTAC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GRADER_KEY", "sk-secret")
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = (out / "summary.json").read_bytes(), (out / "config.yaml").read_bytes()
+    settings = ["evaluation.generation.max_rows=3", "evaluation.generation.max_new_tokens=6"]
+    with serving(lambda number, question: graded(number, question) if number < 4 else Reply(500)) as server:
+        judge = [
+            f"evaluation.judge.base_url={server.url}",
+            "evaluation.judge.model=grader",
+            "evaluation.judge.key_env=GRADER_KEY",
+            "evaluation.judge.attempts=1",
+        ]
+        with pytest.raises(SystemExit) as caught:
+            main(["evaluate", str(out), *settings, *judge])
+        assert caught.value.code == 1
+    record = json.loads((out / "evaluation.json").read_text())
+    assert "judge" not in record
+    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert {line["task"] for line in lines} == {"colour", "number", "animal"}
+    for line in lines:
+        assert line["prompt"].startswith("Below is an instruction")
+        assert line["prompt"].endswith("### Response:\n")
+        assert f"Which {line['task']}?" in line["prompt"]
+        assert line["reference"] == line["task"][0] * len(line["reference"])
+        assert line["rouge_l"] == rouge_l(line["answer"], line["reference"])
+        assert (out / "adapters" / line["adapter"]).is_dir()
+    for name, scores in record["generation"]["tasks"].items():
+        own = [line for line in lines if line["task"] == name]
+        weights = [line["clients"] for line in own]
+        assert scores["rouge_l"] == pytest.approx(np.average([line["rouge_l"] for line in own], weights=weights))
+        assert scores["n"] == 3
+    kept = len((out / "verdicts.jsonl").read_text().splitlines())
+    assert kept >= 4
+    again = (out / "generations.jsonl").stat().st_mtime_ns
+    with serving(graded) as server:
+        judge[0] = f"evaluation.judge.base_url={server.url}"
+        done = evaluate(out, overrides=[*settings, *judge])
+        asked = len({(line["prompt"], line["answer"], line["reference"]) for line in lines})
+        assert len(server.questions) == asked - 4
+    assert done["judge"]["tasks"] == {"colour": 0.5, "number": 0.5, "animal": 0.5}
+    assert done["tasks"] == record["tasks"]
+    assert (out / "generations.jsonl").stat().st_mtime_ns == again
+    assert len((out / "verdicts.jsonl").read_text().splitlines()) == len(lines)
+    assert ((out / "summary.json").read_bytes(), (out / "config.yaml").read_bytes()) == before
+    assert b"sk-secret" not in b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+
+
+def test_answers_of_an_adapter_are_those_of_plain_peft(finished: Path, tmp_path: Path) -> None:
+    """Every exported adapter generates by plain PEFT what the evaluation wrote down."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    evaluate(out, overrides=["evaluation.generation.max_rows=1", "evaluation.generation.max_new_tokens=5"])
+    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    folder = fltac.load_config(out / "config.yaml").backbone.name
+    letters = AutoTokenizer.from_pretrained(folder)
+    assert len({line["adapter"] for line in lines}) == 3
+    for line in lines:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        plain = PeftModel.from_pretrained(base, out / "adapters" / line["adapter"]).eval()
+        batch = letters(line["prompt"], return_tensors="pt", return_token_type_ids=False)
+        whole = plain.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        text = letters.decode(whole[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert line["answer"] == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lr=1", "override 'training.lr=1': a run's settings are fixed; allowed are those of evaluation"),
+        ("evaluation.judge.model=m", "evaluation.judge.base_url"),
+        ("evaluation.generation.max_new_tokens=199", "max_new_tokens: 199 tokens leave no room for a prompt"),
+    ],
+)
+def test_what_cannot_be_evaluated(finished: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(finished, overrides=[override])
+
+
+def test_a_key_that_is_not_set_is_said_before_anything_is_computed(finished: Path) -> None:
+    judge = ["evaluation.judge.base_url=http://h/v1", "evaluation.judge.model=m", "evaluation.judge.key_env=NOT_SET"]
+    with pytest.raises(InputError, match="the environment variable NOT_SET is not set"):
+        evaluate(finished, overrides=["evaluation.generation.max_rows=1", *judge])
+
+
+def test_data_owners_get_the_rows_of_the_simulation(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Some rows are left out when they are encoded, so the partition is of the others."""
+    prompt = alpaca("", "a context")
+    template = len(prompt.text) - (prompt.stop - prompt.start)
+    config = fltac.load_config(tree, [f"backbone.max_length={template + 4}"])
+    experiment = prepare(config)
+    train = experiment.tasks["colour"].train
+    assert train.counts["dropped_long"] > 0
+    write_partition(config, tmp_path / "out")
+    coordinator = fltac.load_config(tmp_path / "out" / "coordinator.yaml")
+    assert coordinator.backbone.kind == "causal-lm"
+    for name, client in experiment.clients.items():
+        owner = load_owner(coordinator, tmp_path / "out" / name / "client.yaml")
+        for slot, (local,) in client.slots.items():
+            (own,) = owner.client.slots[slot]
+            assert own.task.name == local.task.name
+            for here, there in zip(own.rows, local.rows, strict=True):
+                one, other = own.task.train.batch(np.array([here])), local.task.train.batch(np.array([there]))
+                np.testing.assert_array_equal(one["labels"], other["labels"])
+                np.testing.assert_array_equal(one["input_ids"], other["input_ids"])

@@ -12,6 +12,9 @@ from torch import Tensor
 from fltac.model.backbone import at_least_float32
 from fltac.model.lanes import LaneModel
 
+MEMORY = ("cache", "past_key_values")
+"""What a model calls the keys and values that it keeps of the tokens before, as argument and in its output."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -56,16 +59,17 @@ def generate(
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     answers: list[list[int]] = [[] for _ in prompts]
+    memory_name = next((name for name in MEMORY if name in takes), MEMORY[0])
     writing, memory = set(range(len(prompts))), None
     while writing:
         fresh = ids if memory is None else ids[:, -1:]
-        options: dict[str, Any] = {"use_cache": True, "past_key_values": memory}
+        options: dict[str, Any] = {"use_cache": True, memory_name: memory}
         if "position_ids" in takes:
             options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
         if "logits_to_keep" in takes:
             options["logits_to_keep"] = 1
         out = backbone(input_ids=fresh, attention_mask=mask, **options)
-        memory = getattr(out, "past_key_values", None)
+        memory = getattr(out, memory_name, None)  # without any, all is read again
         chosen = [0] * len(prompts)
         logits = at_least_float32(out.logits[:, -1])
         for row in sorted(writing):

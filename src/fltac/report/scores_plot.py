@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fltac.report.compare import label_of, majority_of, score_of, tasks_of
+from fltac.config.metrics import higher_is_better
+from fltac.report.compare import label_of, majority_of, metrics_of, score_of, tasks_of
 from fltac.report.partition_plot import check_plot_file, save
 from fltac.report.results import Result
 
@@ -44,8 +45,11 @@ def plot_scores(results: Sequence[Result], path: Path) -> None:
             axes.plot(ends, [majority[task]] * 2, color="#c0392b", linewidth=1.4, linestyle="--", label=label)
             lowest = min(lowest, majority[task])
     axes.set_xticks(range(len(tasks)), labels=tasks)
-    axes.set_ylim(max(0.0, lowest - 0.1), 1.0)
-    axes.set_ylabel("score")
+    if higher_is_better(metrics_of(results, tasks)):
+        axes.set_ylim(max(0.0, lowest - 0.1), 1.0)
+        axes.set_ylabel("score")
+    else:
+        axes.set_ylabel("loss")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)

@@ -14,7 +14,7 @@ from fltac.judge.endpoint import Endpoint, JudgeError
 from fltac.judge.panel import estimate, judge
 from fltac.judge.rubric import BadVerdictError, Item, Verdict, messages, read_verdict
 from fltac.judge.verdicts import VerdictFile, key_of
-from judge.server import Reply, completion, serving, verdict
+from judge.scripted_judge import Reply, completion, serving, verdict
 
 ITEMS = [Item("2 + 2?", "4", "four"), Item("Sky?", "blue", "green"), Item("2 + 2?", "4", "four")]
 PLACES = [{"task": "sums", "row": 0}, {"task": "colours", "row": 7}, {"task": "sums", "row": 1}]

@@ -38,7 +38,7 @@ from fltac.wire.node_protocol import (
     encode_score_question,
     encode_train_question,
 )
-from judge.server import Reply, serving, verdict
+from judge.scripted_judge import Reply, serving, verdict
 from language import make_language_model, write_instructions
 
 TIMES = {"seconds", "seconds_total", "peak_rss_bytes"}

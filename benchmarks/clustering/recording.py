@@ -52,14 +52,21 @@ class Recording:
         return f"{facts['regime']}-rank{facts['rank']}{loss}-seed{facts['seed']}-tau{facts['tau']}"
 
     def save(self, folder: Path) -> Path:
+        """Writes the file under its name and returns its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.save_as(folder / f"{self.name}.safetensors")
+
+    def save_as(self, path: Path) -> Path:
         """Writes the file and returns its path."""
         n = len(self.truth)
         upper = np.triu_indices(n)
-        tensors = {kind: gram[:, upper[0], upper[1]].astype(np.float32) for kind, gram in self.grams.items()}
+        # safetensors writes the memory of an array as it lies, whatever its strides.
+        tensors = {
+            kind: np.ascontiguousarray(gram[:, upper[0], upper[1]], dtype=np.float32)
+            for kind, gram in self.grams.items()
+        }
         tensors |= {"truth": self.truth, "examples": self.examples}
         tensors |= {"scores": self.scores.astype(np.float32), "majority": self.majority.astype(np.float32)}
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.safetensors"
         about = {"facts": json.dumps(self.facts), "clients": json.dumps(self.clients)}
         save_file(tensors, path.with_suffix(".part"), about)
         path.with_suffix(".part").replace(path)
@@ -74,7 +81,7 @@ class Recording:
         n = len(tensors["truth"])
         upper = np.triu_indices(n)
         grams = {}
-        for kind in KINDS:
+        for kind in (kind for kind in KINDS if kind in tensors):
             gram = np.zeros((len(tensors[kind]), n, n))
             gram[:, upper[0], upper[1]] = tensors[kind]
             grams[kind] = gram + gram.transpose(0, 2, 1) - gram * np.eye(n)

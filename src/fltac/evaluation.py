@@ -211,13 +211,11 @@ def best_match_accuracy(truth: Sequence[int], found: Sequence[int]) -> float:
     return float(table[chosen].sum() / len(rows))
 
 
-def clustering_record(
-    state: ServerState, report: RoundReport, holdings: Sequence[Holding]
-) -> dict[str, float | int | None] | None:
+def clustering_record(state: ServerState, report: RoundReport, holdings: Sequence[Holding]) -> dict[str, object] | None:
     """Compares the server's grouping with the true tasks.
 
     Returns:
-        k, adjusted Rand index, best-match accuracy and the server's silhouette; None where nothing is clustered
+        k, adjusted Rand index, best-match accuracy and the server's own evidence; None where nothing is clustered
         or no slot has a cluster yet.
     """
     assignment = state.assignment()
@@ -232,4 +230,5 @@ def clustering_record(
         "ari": float(adjusted_rand_score(truth, found)),
         "accuracy": best_match_accuracy(truth, found),
         "silhouette": report.silhouette,
+        **report.evidence(),
     }

@@ -30,6 +30,9 @@ CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_SLOTS = 10_000
 """Slot numbers of a data owner are below this."""
 
+LEAST_SURE = 5
+"""So many slots are named in a round's record."""
+
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
 HEAD = "head."
@@ -189,6 +192,10 @@ class RoundReport:
         k: The number of clusters with members; None where nothing is clustered.
         silhouette: Mean silhouette in the space that was clustered; None where it is not defined (fewer than two
             clusters, or as many as there are slots) or nothing is clustered.
+        confidence: How sure each slot's cluster is, where a space was clustered: 1 - its distance from its own cluster
+            over that from the next one.
+        residuals: Where the server chose K: for each K that it tried, how badly the means of groups predict their
+            members.
     """
 
     round_number: int
@@ -198,3 +205,18 @@ class RoundReport:
     k: int | None
     silhouette: float | None
     stale: int = 0
+    confidence: Mapping[SlotKey, float] = field(default_factory=dict)
+    residuals: Mapping[int, float] | None = None
+
+    def evidence(self) -> dict[str, object]:
+        """For a round's record: how sure the grouping is, the five least sure slots, and the errors of each K."""
+        out: dict[str, object] = {}
+        if self.confidence:
+            least = sorted(self.confidence.items(), key=lambda item: (item[1], item[0]))[:LEAST_SURE]
+            out["confidence"] = {
+                "mean": sum(self.confidence.values()) / len(self.confidence),
+                "least": {f"{client}/{slot}": value for (client, slot), value in least},
+            }
+        if self.residuals is not None:
+            out["residuals"] = {str(k): value for k, value in self.residuals.items()}
+        return out

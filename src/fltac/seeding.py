@@ -1,11 +1,11 @@
 """Every random choice of a run, derived from (seed, purpose, round, client, slot).
 
 Nothing depends on the order in which clients are visited: each choice has its own generator, keyed by what it
-is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``,
-``client-rows``, ``client-quarter``, ``slots``, ``validation-split``, ``initial-adapter``,
+is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``, ``client-rows``,
+``client-quarter``, ``slots``, ``validation-split``, ``initial-adapter``,
 ``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
-``embedding``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``; with seed 0, whatever the
-run's, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
+``embedding``, ``choose-k``, ``subspace``, ``sketch <tensor>``, ``random-groups``,
+``evaluation-rows``; with seed 0, whatever the run's, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
 """
 
 import hashlib

@@ -85,13 +85,12 @@ def test_many_points_are_grouped_as_few_are(monkeypatch: pytest.MonkeyPatch, lin
     assert adjusted_rand_score(expected, found) > 0.98  # scikit-learn stops a little before the last point moves
 
 
-def test_a_sample_has_all_points_of_an_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "SAMPLE", 10)
+def test_a_sample_has_all_points_of_an_owner() -> None:
     owners = [f"c{owner}" for owner in range(20) for _ in range(3)]
-    rows = clustering._sample(60, owners, 0)
+    rows = clustering.sample(60, owners, 0, 10)
     assert len(rows) == 12
     assert set(np.bincount(rows // 3)) == {0, 3}
-    assert len(clustering._sample(60, None, 0)) == 10
+    assert len(clustering.sample(60, None, 0, 10)) == 10
 
 
 def test_slots_of_a_client_fall_into_different_clusters() -> None:
@@ -156,3 +155,31 @@ def test_silhouette_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled = silhouette(points, labels, 0)
     assert sampled == pytest.approx(expected, abs=0.05)
     assert sampled != pytest.approx(expected, abs=1e-9)
+
+
+def test_the_grouping_before_stays_unless_another_is_better_by_the_share() -> None:
+    points = np.array([[0.0], [0.2], [1.0], [1.2], [0.55]])
+    before, found = np.array([7, 7, 9, 9, 9]), np.array([0, 0, 1, 1, 0])
+    # Sums of squares by hand: {0, .2}, {1, 1.2, .55} is .02 + .22167; {0, .2, .55}, {1, 1.2} is .155 + .02.
+    assert clustering.keep_or_move(points, before, found, None, 0.2).tolist() == [0, 0, 1, 1, 0]
+    assert clustering.keep_or_move(points, before, found, None, 0.4).tolist() == [7, 7, 9, 9, 9]
+
+
+def test_a_newcomer_joins_the_grouping_that_stays_beside_its_owners_other_slots() -> None:
+    points = np.array([[0.0], [0.1], [1.0], [1.1], [0.05]])
+    before, found = np.array([3, 3, 5, 5, -1]), np.array([0, 0, 1, 1, 0])
+    owners = ["a", "b", "a", "b", "b"]
+    assert clustering.keep_or_move(points, before, found, None, 0.5).tolist() == [3, 3, 5, 5, 3]
+    # b has a slot in each cluster already: the matching may fill a cluster twice, and takes the nearer one.
+    assert clustering.keep_or_move(points, before, found, owners, 0.5).tolist() == [3, 3, 5, 5, 3]
+    owners[1] = "c"
+    # b holds cluster 5, so its newcomer goes to 3; if b holds 3 alone, it goes to 5 in spite of the distance.
+    assert clustering.keep_or_move(points, before, found, owners, 0.5).tolist() == [3, 3, 5, 5, 3]
+    owners[1], owners[3] = "b", "c"
+    assert clustering.keep_or_move(points, before, found, owners, 0.99).tolist() == [3, 3, 5, 5, 5]
+
+
+def test_without_a_grouping_before_the_new_one_holds() -> None:
+    points = np.array([[0.0], [1.0]])
+    found = np.array([0, 1])
+    assert clustering.keep_or_move(points, np.array([-1, -1]), found, None, 0.9).tolist() == [0, 1]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fltac.records import Adapter, ServerState
 from fltac.server import changes, similarity
 from fltac.server.changes import Changes, remember
-from fltac.server.similarity import Features, distance_sketches, embedding, flattened, kernel, principal
+from fltac.server.similarity import Features, distance_sketches, embedding, flattened, kernel, principal, views
 from server.builders import adapter, planted, update
 from server.reference import exact_kernel, products
 
@@ -173,3 +173,41 @@ def test_sketches_of_many_flattened_adapters_are_as_far_apart(monkeypatch: pytes
     ratio = distances[0] / distances[1]
     assert 0.9 < ratio.min() < 0.999
     assert 1.001 < ratio.max() < 1.1
+
+
+def test_views_are_kernels_of_different_parts() -> None:
+    draw = np.random.default_rng(4)
+    initial = random_adapter(draw)
+    held = [random_adapter(draw) for _ in range(5)]
+    each = [products(initial, item) for item in held]
+
+    def part(*names: str) -> np.ndarray:
+        return sum(exact_kernel([{"x": change[name]} for change in each], False) for name in names)  # type: ignore[return-value]
+
+    found = views(learned(held, initial), True)
+    expected = [(("m", "head.2"), ("n",)), (("n", "head.2"), ("m",)), (("m", "n"), ("head.2",))]
+    for (by, within), (own, other), share in zip(found, expected, (1, 1, 2), strict=True):
+        np.testing.assert_allclose(by, part(*own) / share, atol=1e-5)
+        np.testing.assert_allclose(within, part(*other), atol=1e-5)
+    without = views(learned(held, initial), False)
+    assert len(without) == 2
+    np.testing.assert_allclose(without[0][0], part("m"), atol=1e-5)
+    np.testing.assert_allclose(without[0][1], part("n"), atol=1e-5)
+
+
+def test_a_single_part_is_both_views() -> None:
+    one = learned([adapter(1, 2), adapter(3, 4), adapter(5, -1)])
+    (by, within), *more = views(one, False)
+    assert not more
+    np.testing.assert_allclose(by, kernel(one, False))
+    np.testing.assert_allclose(within, by)
+
+
+def test_changes_of_some_slots_are_those_of_these_slots_alone() -> None:
+    draw = np.random.default_rng(5)
+    held = [random_adapter(draw, key=key) for key in ("2", "3", "2", "3", "2")]
+    some = np.array([0, 1, 4])
+    whole = learned(held)
+    np.testing.assert_allclose(kernel(whole.only(some), True), kernel(whole, True)[np.ix_(some, some)], atol=1e-6)
+    assert whole.only(some).keys == tuple(whole.keys[row] for row in some)
+    assert set(whole.only(np.array([1, 3])).heads) == {"3"}

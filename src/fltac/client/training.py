@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fltac.client.crew import Crew
+from fltac.client.memory import give_back
 from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
+from fltac.config.sections import Loss
 from fltac.data.encoded import EncodedTask, Split
 from fltac.model.lanes import LaneModel
 from fltac.model.prefix import RowKey
@@ -85,8 +86,6 @@ class Trained:
     adapter: Adapter
     loss: float
 
-
-Loss = Literal["plain", "logit-adjusted", "balanced"]
 
 OnPass = Callable[[int, Tensor], None]
 """Told after a pass how many adapters were in it, and their losses; reading those waits for a GPU."""
@@ -194,7 +193,7 @@ def train_pool(
     generators = [torch.Generator().manual_seed(job.dropout_seed) for job in pool]
     model.lanes.dropout = dropout
     sums = torch.zeros(len(pool), dtype=torch.float32, device=model.values.device)
-    for numbers in passes:
+    for made, numbers in enumerate(passes, start=1):
         model.activate(numbers)
         model.lanes.generators = [generators[number] for number in numbers]
         losses = lane_losses(model, [pool[number].steps[optimizer.done[number]] for number in numbers], config.loss)
@@ -203,6 +202,8 @@ def train_pool(
         optimizer.step(numbers, model.values[:active], model.gradients[:active])
         sums[numbers] += losses.detach().float()
         on_pass(active, losses.detach())
+        if model.packs:
+            give_back(made)
     model.lanes.dropout = 0.0
     totals = sums.tolist()
     return [Trained(job, model.read(number), totals[number] / len(job.steps)) for number, job in enumerate(pool)]

@@ -9,6 +9,8 @@ from fltac.config.answers import GenerationConfig, JudgeConfig
 from fltac.config.base import Positive, Section, Share
 from fltac.config.metrics import Metric
 
+ClientSkew = Literal["none", "labels", "length"]
+Loss = Literal["plain", "logit-adjusted", "balanced"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -79,7 +81,7 @@ class PartitionConfig(Section):
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """A client whose share of a task is below this gets none of it."""
     max_tasks_per_client: Positive | None = None
-    client_skew: Literal["none", "labels", "length"] = "none"
+    client_skew: ClientSkew = "none"
     """What a client's rows have in common over all its tasks. ``labels``: it keeps each class with a probability of
     its own, by class number; ``length``: it keeps one quarter of each task's rows, by their length. Other rows are in
     nobody's hands."""
@@ -154,7 +156,7 @@ class TrainingConfig(Section):
     """Of SGD."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of one adapter's gradient."""
-    loss: Literal["plain", "logit-adjusted", "balanced"] = "plain"
+    loss: Loss = "plain"
     """Cross entropy. ``logit-adjusted``: the logarithm of the slot's own label shares is added to the logits
     (arXiv 2007.07314), so that the adapter need not learn them; ``balanced``: each row weighs inversely to its class's
     share. A regression's loss is always the squared error."""
@@ -193,8 +195,10 @@ class ClusteringConfig(Section):
     """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the top-K
     eigenvectors of a similarity kernel; ``single``: one group; ``none``: every slot alone; ``given``: opaque
     group numbers from outside (the oracle); ``random``: a random group."""
-    k: Positive | None = None
-    """Number of clusters; default: the number of tasks."""
+    k: Positive | Literal["auto"] | None = None
+    """Number of clusters; default: the number of tasks. ``auto`` (``spectral``): as many as the uploads support, by
+    how well the means of groups found in some of the adapted matrices predict their members in the others; with
+    ``cannot_link`` at least as many as one client has slots."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
@@ -203,6 +207,9 @@ class ClusteringConfig(Section):
     """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added."""
     starts: Positive = 20
     """Number of seeded starts of K-means; the best objective wins."""
+    hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
+    with ``k: auto`` another K the error of its prediction) by more than this share."""
 
 
 class AggregationConfig(Section):
@@ -230,7 +237,7 @@ class ServerSettings:
         participation: Share of the clients asked in a round, in (0, 1].
         quorum: The least number of clients that must reply.
         stale: What happens to replies after their round's deadline.
-        k: Number of clusters.
+        k: Number of clusters; None where the server estimates it.
         clustering: How uploads are grouped.
         aggregation: How a group becomes one adapter.
     """
@@ -239,7 +246,7 @@ class ServerSettings:
     participation: float
     quorum: int
     stale: Literal["drop", "use"]
-    k: int
+    k: int | None
     clustering: ClusteringConfig
     aggregation: AggregationConfig
 
@@ -320,6 +327,9 @@ class Config(Section):
             raise ValueError("federation.pool needs training.adapters=per-task")
         if self.federation.partition.rule == "table" and not self.federation.partition.table:
             raise ValueError("federation.partition.rule=table needs federation.partition.table")
+        if self.server.clustering.k == "auto" and self.server.clustering.rule in ("kmeans", "random"):
+            rule = self.server.clustering.rule
+            raise ValueError(f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral")
         if self.federation.quorum > self.federation.clients:
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
@@ -327,9 +337,10 @@ class Config(Section):
         return self
 
     @property
-    def clusters(self) -> int:
-        """K: as configured, else the number of tasks."""
-        return self.server.clustering.k or len(self.tasks)
+    def clusters(self) -> int | None:
+        """K: as configured, else the number of tasks; None where the server estimates it."""
+        k = self.server.clustering.k
+        return None if k == "auto" else k or len(self.tasks)
 
     @property
     def server_settings(self) -> ServerSettings:

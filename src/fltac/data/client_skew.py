@@ -4,12 +4,13 @@ Purposes used: ``client-labels`` (client = client id, slot = class number), ``cl
 task) and ``client-quarter`` (client = client id).
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fltac.config.sections import ClientSkew
 from fltac.errors import InputError
 from fltac.seeding import generator
 
@@ -17,12 +18,13 @@ KEY = "federation.partition.client_skew"
 QUARTERS = 4
 
 Rows = NDArray[np.int64]
-Skew = Literal["none", "labels", "length"]
+Choose = Callable[[str, str, Rows], NDArray[np.bool_]]
+"""Client, task and ``[n]`` rows to which of them are kept."""
 
 
 def keep_own(
     rows: Mapping[tuple[str, str], Rows],
-    skew: Skew,
+    skew: ClientSkew,
     seed: int,
     labels: Mapping[str, NDArray[Any]],
     lengths: Mapping[str, NDArray[np.int64]] | None,
@@ -48,7 +50,7 @@ def keep_own(
     return {key: own for key, own in kept.items() if len(own)}
 
 
-def _by_label(seed: int, labels: Mapping[str, NDArray[Any]]) -> Any:
+def _by_label(seed: int, labels: Mapping[str, NDArray[Any]]) -> Choose:
     for task, values in labels.items():
         if np.issubdtype(values.dtype, np.floating):
             raise InputError(f"{KEY}: got 'labels', but task {task} is a regression; allowed are none, length")
@@ -63,7 +65,7 @@ def _by_label(seed: int, labels: Mapping[str, NDArray[Any]]) -> Any:
     return choose
 
 
-def _by_length(seed: int, lengths: Mapping[str, NDArray[np.int64]] | None) -> Any:
+def _by_length(seed: int, lengths: Mapping[str, NDArray[np.int64]] | None) -> Choose:
     if lengths is None:
         raise InputError(f"{KEY}: got 'length', which needs encoded rows; allowed here are none, labels")
     for task, values in lengths.items():

@@ -135,7 +135,8 @@ def _run(
         every = config.evaluation.every
         clustering = None
         if report.k is not None:
-            clustering = {"k": report.k, "ari": None, "accuracy": None, "silhouette": report.silhouette}
+            own = report.evidence()
+            clustering = {"k": report.k, "ari": None, "accuracy": None, "silhouette": report.silhouette, **own}
         if not last and not (every and report.round_number % every == 0):
             return {**nobody, "clustering": clustering}
         if not last:  # After the last round the loop has had everything delivered.

@@ -96,7 +96,7 @@ def coordinator_config(config: Config, kinds: Iterable[Kind] = ()) -> Config:
     That they are ``causal-lm`` tasks is said: the same backbone may be an encoder to others.
     """
     federation = config.federation.model_copy(update={"partition": FederationConfig().partition})
-    clustering = config.server.clustering.model_copy(update={"k": config.clusters})
+    clustering = config.server.clustering.model_copy(update={"k": config.clusters or "auto"})
     server = config.server.model_copy(update={"clustering": clustering})
     backbone = config.backbone.model_copy(update={"kind": "causal-lm"}) if "causal-lm" in kinds else config.backbone
     update: dict[str, Any] = {

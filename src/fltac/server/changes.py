@@ -75,6 +75,17 @@ class Changes:
     modules: tuple[slice, ...]
     heads: Mapping[str, Heads]
 
+    def only(self, rows: NDArray[np.int64]) -> "Changes":
+        """Of some slots, given as sorted indices."""
+        place = np.full(len(self.keys), -1)
+        place[rows] = np.arange(len(rows))
+        heads = {}
+        for key, own in self.heads.items():
+            kept = place[own.rows] >= 0
+            if kept.any():
+                heads[key] = Heads(place[own.rows[kept]], own.values[kept])
+        return Changes(tuple(self.keys[row] for row in rows.tolist()), self.body[rows], self.modules, heads)
+
     def memory(self) -> dict[SlotKey, Adapter]:
         """The same by slot, as ``ServerState`` holds it: views, no copies."""
         by_slot: list[dict[str, FloatArray]] = [{BODY: row} for row in self.body]

@@ -44,7 +44,7 @@ def group(points: Points, k: int, owners: Sequence[str] | None, starts: int, see
     """
     if len(points) <= k:
         return np.arange(len(points))
-    rows = _sample(len(points), owners, seed)
+    rows = sample(len(points), owners, seed, SAMPLE)
     part, small = points[rows], len(rows) < len(points)
     plain = _plain(part, k, "k-means++", starts, seed)
     if small:
@@ -62,16 +62,16 @@ def group(points: Points, k: int, owners: Sequence[str] | None, starts: int, see
     return min((_constrained(points, start, teams) for start in centres), key=_objective)[0]
 
 
-def _sample(n: int, owners: Sequence[str] | None, seed: int) -> Labels:
-    """Seeded points to try starts on, in their order: all if they are few, all of an owner or none."""
-    if n <= SAMPLE:
+def sample(n: int, owners: Sequence[str] | None, seed: int, count: int) -> Labels:
+    """About ``count`` seeded points of n, in their order: all if they are few; all of an owner or none."""
+    if n <= count:
         return np.arange(n)
     draw = np.random.default_rng(seed)
     if owners is None:
-        return np.sort(draw.permutation(n)[:SAMPLE])
+        return np.sort(draw.permutation(n)[:count])
     names, of = np.unique(np.asarray(owners), return_inverse=True)
     order = draw.permutation(len(names))
-    enough = np.searchsorted(np.cumsum(np.bincount(of)[order]), SAMPLE) + 1
+    enough = np.searchsorted(np.cumsum(np.bincount(of)[order]), count) + 1
     return np.flatnonzero(np.isin(of, order[:enough]))
 
 
@@ -99,6 +99,47 @@ def _constrained(points: Points, centres: Points, teams: Sequence[Labels]) -> tu
         centres = _means(points, labels, centres)
     costs = squared_distances(points, centres)
     return labels, float(costs[np.arange(len(points)), labels].sum())
+
+
+def keep_or_move(points: Points, before: Labels, found: Labels, owners: Sequence[str] | None, share: float) -> Labels:
+    """The grouping of the round before, unless the one that was found is better by more than a share.
+
+    Args:
+        points: ``[n, d]``.
+        before: ``[n]`` the groups of the round before; -1 for a point that had none, which joins the nearest.
+        found: ``[n]``.
+        owners: As for :func:`group`.
+        share: Of the sum of squared distances.
+
+    Returns:
+        One of the two, ``before`` with all points in a group.
+    """
+    known = before >= 0
+    if not known.any():
+        return found
+    names, of = np.unique(before[known], return_inverse=True)
+    centres = _means(points[known], of, np.zeros((len(names), points.shape[1])))
+    costs = squared_distances(points, centres)
+    held = np.where(known, np.searchsorted(names, before), -1)
+    joined = costs.argmin(axis=1) if owners is None else _beside(costs, held, owners)
+    kept = np.where(known, held, joined)
+    return names[kept] if _spread(points, found) > (1 - share) * _spread(points, kept) else found
+
+
+def _beside(costs: Points, held: Labels, owners: Sequence[str]) -> Labels:
+    """The cheapest placement in which the points that have a group keep it, one matching for each owner."""
+    fixed = np.where(held >= 0)[0]
+    bound = np.array(costs)
+    bound[fixed] += costs.sum() + 1.0
+    bound[fixed, held[fixed]] = 0.0
+    return assign_distinct(bound, teams_of(owners))
+
+
+def _spread(points: Points, labels: Labels) -> float:
+    """The sum of squared distances from the groups' means."""
+    _, of = np.unique(labels, return_inverse=True)
+    means = _means(points, of, np.zeros((int(of.max()) + 1, points.shape[1])))
+    return float(((points - means[of]) ** 2).sum())
 
 
 def teams_of(owners: Sequence[str]) -> list[Labels]:

@@ -1,14 +1,21 @@
 """The rules by which a round's slots are grouped, one function each, in one table."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
 
 from fltac.config import ServerSettings
 from fltac.records import ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
 from fltac.server.changes import Changes
-from fltac.server.clustering import Points, group, silhouette
-from fltac.server.similarity import distance_sketches, embedding
+from fltac.server.choosing import Choice, choose_k, confidence
+from fltac.server.clustering import Points, group, keep_or_move, sample, silhouette
+from fltac.server.similarity import WHOLE, distance_sketches, embedding, leading, views
+
+CHOOSING_STARTS = 5
+"""Of K-means, for each K that is tried."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,16 @@ class Grouping:
             clusters of the round before.
         clustered: False where the rule compares nothing and there is nothing to report.
         silhouette: In the space that was clustered, if one was.
+        confidence: How sure each slot's group is (``server.choosing.confidence``), if a space was clustered.
+        residuals: For each K that was tried the error of its prediction, where K was chosen.
     """
 
     labels: Mapping[SlotKey, int]
     identities: bool
     clustered: bool
     silhouette: float | None = None
+    confidence: Mapping[SlotKey, float] = field(default_factory=dict)
+    residuals: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,24 +69,49 @@ def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
     adapters = [update.adapter for update in evidence.updates]
     seed = derive(settings.seed, "embedding", evidence.round_number)
     points = distance_sketches(adapters, settings.clustering.head, seed)
-    return _grouped([update.key for update in evidence.updates], points, evidence, settings)
+    assert settings.k is not None, "the rule 'kmeans' needs K"
+    return _grouped([update.key for update in evidence.updates], points, settings.k, evidence, settings)
 
 
 def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     """K-means over the top-K eigenvectors of the kernel of all that each slot has learned; all known slots."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
+    changes, rule = evidence.changes, settings.clustering
     seed = derive(settings.seed, "embedding", evidence.round_number)
-    points = embedding(evidence.changes, settings.clustering.head, settings.k, seed)
-    return _grouped(evidence.changes.keys, points, evidence, settings)
+    residuals = None
+    if (k := settings.k) is None:
+        choice = _choice(evidence, changes, settings)
+        k, residuals = choice.k, choice.residuals
+    points = embedding(changes, rule.head, k, seed)
+    found = _grouped(changes.keys, points, k, evidence, settings)
+    return replace(found, residuals=residuals)
 
 
-def _grouped(keys: Sequence[SlotKey], points: Points, evidence: Evidence, settings: ServerSettings) -> Grouping:
+def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings) -> Choice:
+    """K from the uploads: of many slots, from a seeded sample of whole clients."""
+    rule = settings.clustering
+    seed = derive(settings.seed, "choose-k", evidence.round_number)
+    owners = [client for client, _ in changes.keys]
+    few = changes.only(sample(len(owners), owners if rule.cannot_link else None, seed, WHOLE))
+    pairs = [(partial(leading, by), within) for by, within in views(few, rule.head)]
+    own = [client for client, _ in few.keys] if rule.cannot_link else None
+    before = sum(bool(cluster.members) for cluster in evidence.state.clusters) or None
+    return choose_k(pairs, own, min(rule.starts, CHOOSING_STARTS), seed, before, rule.hysteresis)
+
+
+def _grouped(keys: Sequence[SlotKey], points: Points, k: int, evidence: Evidence, settings: ServerSettings) -> Grouping:
     rule = settings.clustering
     owners = [client for client, _ in keys] if rule.cannot_link else None
     seed = derive(settings.seed, "clustering", evidence.round_number)
-    labels = group(points, settings.k, owners, rule.starts, seed)
+    labels = group(points, k, owners, rule.starts, seed)
+    if rule.hysteresis and rule.rule in ACCUMULATING:
+        assignment = evidence.state.assignment()
+        before = np.array([assignment.get(key, -1) for key in keys])
+        if len(np.unique(before[before >= 0])) == len(np.unique(labels)):
+            labels = keep_or_move(points, before, labels, owners, rule.hysteresis)
     found = {key: int(label) for key, label in zip(keys, labels, strict=True)}
-    return Grouping(found, identities=False, clustered=True, silhouette=silhouette(points, labels, seed))
+    sure = {key: float(value) for key, value in zip(keys, confidence(points, labels), strict=True)}
+    return Grouping(found, False, clustered=True, silhouette=silhouette(points, labels, seed), confidence=sure)
 
 
 def _single(evidence: Evidence, _: ServerSettings) -> Grouping:
@@ -102,8 +138,11 @@ def _given(evidence: Evidence, _: ServerSettings) -> Grouping:
 def _random(evidence: Evidence, settings: ServerSettings) -> Grouping:
     """A seeded random group for each slot, the same in all rounds."""
 
+    k = settings.k
+    assert k is not None, "the rule 'random' needs K"
+
     def draw(key: SlotKey) -> int:
-        return int(generator(settings.seed, "random-groups", client=key[0], slot=key[1]).integers(settings.k))
+        return int(generator(settings.seed, "random-groups", client=key[0], slot=key[1]).integers(k))
 
     labels = {update.key: draw(update.key) for update in evidence.updates}
     return Grouping(labels, identities=True, clustered=True)

@@ -178,7 +178,18 @@ def finish_round(
         next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
     )
     k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None
-    return after, RoundReport(number, cohort, len(updates), tuple(rejections), k, grouping.silhouette, stale)
+    report = RoundReport(
+        number,
+        cohort,
+        len(updates),
+        tuple(rejections),
+        k,
+        grouping.silhouette,
+        stale,
+        grouping.confidence,
+        grouping.residuals,
+    )
+    return after, report
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ compared through their sketches (``server.sketch``).
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +150,24 @@ def kernel(changes: Changes, head: bool) -> Matrix:
     return Features(changes, head).gram()
 
 
+def views(changes: Changes, head: bool) -> list[tuple[Matrix, Matrix]]:
+    """Pairs of kernels of different parts of what the slots have learned: to group by, and to test the groups in.
+
+    One half of the adapted matrices against the other, both ways, and all matrices against the heads. Where there is
+    only one part, it is both.
+    """
+    halves = [kernel(replace(changes, modules=changes.modules[start::2], heads={}), False) for start in (0, 1)]
+    bodies = [half for half in halves if half.any()]
+    heads = kernel(replace(changes, modules=()), True) if head and changes.heads else None
+    if len(bodies) < 2:
+        whole = kernel(changes, head)
+        return [(bodies[0], heads) if bodies and heads is not None else (whole, whole)]
+    first, second = bodies
+    if heads is None:
+        return [(first, second), (second, first)]
+    return [(first + heads, second), (second + heads, first), ((first + second) / 2, heads)]
+
+
 def embedding(changes: Changes, head: bool, dimensions: int, seed: int) -> Matrix:
     """Rows whose inner products approximate the kernel: its top eigenvectors, scaled by the roots of the values.
 
@@ -163,7 +182,12 @@ def embedding(changes: Changes, head: bool, dimensions: int, seed: int) -> Matri
     """
     if len(changes.keys) > WHOLE:
         return principal(Features(changes, head), dimensions, seed)
-    values, vectors = np.linalg.eigh(kernel(changes, head))
+    return leading(kernel(changes, head), dimensions)
+
+
+def leading(similarity: Matrix, dimensions: int) -> Matrix:
+    """The same for a given kernel ``[n, n]``."""
+    values, vectors = np.linalg.eigh(similarity)
     top = slice(max(0, len(values) - dimensions), None)
     scaled = vectors[:, top] * np.sqrt(np.clip(values[top], 0.0, None))
     return np.asarray(scaled[:, ::-1])

@@ -1,0 +1,130 @@
+"""Plays whole runs and keeps what each slot learned in each round, so that rules that accumulate can be replayed.
+
+    python benchmarks/clustering/film.py I II --seeds 0 1 --rounds 4 --steps 50
+
+What is replayed is exact for the rule that was played, and an indication for others: later uploads depend on the means
+that were sent back. Any statement about another rule's later rounds needs a film of its own.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from record import FOLDER
+from recording import Recording
+from regimes import REGIMES, regime_config
+
+from fltac.config import Config
+from fltac.evaluation import clustering_record, score_state
+from fltac.records import HEAD, LORA_A, LORA_B, Adapter, head_keys, lora_modules
+from fltac.runtime.lane_setup import choose_plan
+from fltac.runtime.loop import as_sent
+from fltac.runtime.provenance import code_state, versions
+from fltac.runtime.setup import prepare, resolved
+from fltac.runtime.simulation import Simulation
+from fltac.server.round import finish_round, init_server, plan_round
+
+FILMS = FOLDER.parent / "films"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("regimes", nargs="+", choices=list(REGIMES))
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=400, help="validation rows of a task that are scored at the end")
+    parser.add_argument("--name", default="fltac", help="of the settings, for the files")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=FILMS)
+    args = parser.parse_args()
+    for seed in args.seeds:
+        for regime in args.regimes:
+            name = f"{regime}-{args.name}-seed{seed}-tau{args.steps}"
+            if (args.out / f"{name}.json").exists():
+                continue
+            settings = [f"federation.rounds={args.rounds}", f"training.steps={args.steps}", *args.set]
+            play(regime_config(regime, seed, settings), name, args.rows, args.out)
+    return 0
+
+
+def play(config: Config, name: str, rows: int, out: Path) -> None:
+    """Plays a run; writes its uploads (``.safetensors``, as one recording of rounds times slots) and its rounds."""
+    experiment = resolved(prepare(config))
+    config, settings = experiment.config, experiment.config.server_settings
+    torch.set_num_threads(config.training.threads or 1)
+    task = next(iter(experiment.tasks.values()))
+    plan = choose_plan(config.training, experiment.model, task, config.training.threads or 1)
+    simulation = Simulation(experiment.clients, experiment.model, config, plan)
+    state = init_server(settings, experiment.model.body_shapes, experiment.head_shapes, experiment.clients)
+    tasks = {holding.key: holding.task for holding in experiment.holdings}
+    keys = sorted(tasks)
+    groups = experiment.groups if settings.clustering.rule == "given" else None
+    pairs: list[tuple[Adapter, Adapter]] = []
+    rounds = []
+    for number in range(1, config.federation.rounds + 1):
+        requests = plan_round(state, settings)
+        began = {key: state.received(key) for key in keys}
+        exchange = simulation.exchange(requests)
+        uploads = {update.key: update.adapter for reply in exchange.replies for update in reply.updates}
+        pairs += [(began[key], uploads[key]) for key in keys]
+        state, report = finish_round(state, requests, exchange.replies, settings, groups)
+        state = as_sent(state, config)
+        found = clustering_record(state, report, experiment.holdings)
+        assignment = state.assignment()
+        labels = [assignment.get(key, -1) for key in keys]
+        rounds.append({"round": number, "clustering": found, "loss": exchange.loss, "labels": labels})
+        print(name, rounds[-1]["clustering"], file=sys.stderr, flush=True)
+    scored = score_state(experiment.model, state, experiment.holdings, experiment.tasks, config, rows)
+    names = list(experiment.tasks)
+    count = len(keys) * len(rounds)
+    film = Recording(
+        {"film": name, "rounds": len(rounds), "git": code_state(), "versions": versions()},
+        np.array([names.index(tasks[key]) for key in keys] * len(rounds)),
+        tuple(client for client, _ in keys) * len(rounds),
+        np.zeros(count, dtype=np.int64),
+        np.full(count, np.nan),
+        np.full(count, np.nan),
+        change_grams(state.initial, pairs),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    film.save_as(out / f"{name}.safetensors")
+    record = {
+        "film": film.facts,
+        "mean_score": float(np.mean([score.score for score in scored.values()])),
+        "tasks": {task: score.record() for task, score in scored.items()},
+        "rounds": rounds,
+        "config": config.model_dump(),
+    }
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def change_grams(initial: Adapter, pairs: Sequence[tuple[Adapter, Adapter]]) -> dict[str, np.ndarray]:
+    """Inner products of what was learned in all rounds by all slots; of products and heads alone."""
+    n = len(pairs)
+    product = []
+    for module in lora_modules(initial):
+        a, b = module + LORA_A, module + LORA_B
+        change = np.stack([after[b] @ after[a] - before[b] @ before[a] for before, after in pairs]).reshape(n, -1)
+        product.append((change @ change.T).astype(np.float64))
+    head = np.zeros((1, n, n))
+    for key in head_keys(initial):
+        parts = [f"{HEAD}{key}.{part}" for part in ("weight", "bias")]
+        rows = np.stack(
+            [
+                np.concatenate([(after[part] - before.get(part, initial[part])).ravel() for part in parts])
+                if parts[0] in after
+                else np.zeros(sum(initial[part].size for part in parts))
+                for before, after in pairs
+            ]
+        )
+        head[0] += rows @ rows.T
+    return {"product": np.stack(product), "head": head}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Writes the lab's tables from the committed recordings and films: ``results/clustering/lab.md``.
+
+    python benchmarks/clustering/report.py
+
+Rules on first-round uploads, what a supervised classifier reaches there, how many clusters are chosen, and ARI over the
+rounds of the filmed runs. Takes minutes on one core; trains nothing.
+"""
+
+import json
+import sys
+from functools import partial
+
+import numpy as np
+from film import FILMS
+from record import FOLDER
+from recording import Gram, Recording, load_all
+from replay import setting_of, table
+from rules import KERNELS, RULES, by_matrix, cosine
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
+
+from fltac.runtime.atomic import write_atomic
+from fltac.server.choosing import choose_k
+from fltac.server.similarity import leading
+
+OUT = FOLDER.parent / "lab.md"
+STARTS = 20
+RIDGE = 0.5
+"""Of the classifier, on a kernel whose diagonal is 2."""
+
+
+def ceiling(recording: Recording) -> float:
+    """ARI of a classifier that is told the tasks of all other clients' slots, with cannot-link on its answers.
+
+    Kernel ridge regression on the default kernel, one client left out at a time.
+    """
+    kernel, clients = KERNELS["by-matrix+head"](recording), np.asarray(recording.clients)
+    classes = np.eye(int(recording.truth.max()) + 1)[recording.truth]
+    found = np.empty(len(clients), dtype=int)
+    for client in np.unique(clients):
+        held, rest = np.flatnonzero(clients == client), np.flatnonzero(clients != client)
+        mean = classes[rest].mean(axis=0)
+        dual = np.linalg.solve(kernel[np.ix_(rest, rest)] + RIDGE * np.eye(len(rest)), classes[rest] - mean)
+        rows, columns = linear_sum_assignment(-(kernel[np.ix_(held, rest)] @ dual))
+        found[held[rows]] = columns
+    return float(adjusted_rand_score(recording.truth, found))
+
+
+def chosen(recording: Recording, linked: bool) -> int:
+    """K as ``server.clustering.k: auto`` chooses it, from exact products."""
+    products, head = recording.grams["product"], cosine(recording.grams["head"].sum(0))
+    first, second = by_matrix(products[0::2]), by_matrix(products[1::2])
+    pairs: list[tuple[Gram, Gram]] = [(first + head, second), (second + head, first), ((first + second) / 2, head)]
+    views = [(partial(leading, by), within) for by, within in pairs]
+    return choose_k(views, list(recording.clients) if linked else None, 5, 0).k
+
+
+def beats_majority(recording: Recording) -> str:
+    """The share of slots whose upload is above the most frequent class."""
+    return "" if np.isnan(recording.scores).any() else f"{(recording.scores > recording.majority).mean():.2f}"
+
+
+def main() -> int:
+    recordings = load_all(FOLDER)
+    lines = [
+        "# The clustering lab",
+        "",
+        "Written by `benchmarks/clustering/report.py` from the files beside it; do not edit.",
+        "",
+        f"## First-round uploads: ARI, K given, mean and spread over the training seeds, {STARTS} draws each",
+        "",
+        *table(recordings, list(RULES), STARTS),
+        "",
+        "## What is in the uploads",
+        "",
+        "Ceiling: ARI of a classifier that is told the tasks of all other clients. K: as `k: auto` chooses it, with "
+        "cannot-link and without.",
+        "",
+        "| recording | slots | tasks | beats majority | ceiling | K | K without cannot-link |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for recording in recordings:
+        cells = (
+            f"{setting_of(recording)}, seed {recording.facts['seed']}",
+            len(recording.truth),
+            len(set(recording.truth.tolist())),
+            beats_majority(recording),
+            f"{ceiling(recording):.2f}",
+            chosen(recording, True),
+            chosen(recording, False),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "## Whole runs",
+        "",
+        "| film | ARI by round | mean score at the end | rows of a task |",
+        "|---|---|---|---|",
+    ]
+    for path in sorted(FILMS.glob("*.json")):
+        film = json.loads(path.read_text(encoding="utf-8"))
+        aris = " ".join(f"{number['clustering']['ari']:.2f}" for number in film["rounds"])
+        rows = max(task["n_eval"] for task in film["tasks"].values())
+        lines.append(f"| {path.stem} | {aris} | {film['mean_score']:.3f} | {rows} |")
+    write_atomic(OUT, ("\n".join(lines) + "\n").encode())
+    print(OUT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

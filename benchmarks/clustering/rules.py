@@ -1,0 +1,139 @@
+"""Clustering rules of the lab: a kernel of what is compared, and how it is grouped. Each is a few settings with a name.
+
+All work on a recording's inner products. Where fltac has the rule, its own functions group
+(``fltac.server.clustering``); the kernels are written down once more here, from exact products instead of sketches.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from recording import Gram, Recording
+
+from fltac.server.clustering import group
+
+Kernel = Callable[[Recording], Gram]
+Labels = NDArray[np.int64]
+
+
+def cosine(gram: Gram) -> Gram:
+    """``[n, n]`` inner products to cosines; 0 for a slot that is zero."""
+    norms = np.sqrt(np.clip(np.diag(gram), 0, None))
+    scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 1e-12)
+    return np.asarray(gram * np.outer(scale, scale))
+
+
+def by_matrix(grams: Gram, weights: NDArray[np.float64] | None = None) -> Gram:
+    """The mean of the cosines of each adapted matrix."""
+    each = np.stack([cosine(gram) for gram in grams])
+    return np.asarray(np.average(each, axis=0, weights=weights))
+
+
+def centred(kernel: Gram) -> Gram:
+    """Without what all slots share."""
+    n = len(kernel)
+    h = np.eye(n) - 1 / n
+    return np.asarray(h @ kernel @ h)
+
+
+def without_clients(kernel: Gram, clients: tuple[str, ...], share: float = 1.0) -> Gram:
+    """Without (a share of) what the slots of each client have in common: their mean, less that of all slots."""
+    names, of = np.unique(np.asarray(clients), return_inverse=True)
+    member = np.eye(len(names))[of]
+    mean = member @ (member / member.sum(axis=0)).T
+    h = np.eye(len(of)) - share * (mean - 1 / len(of))
+    return np.asarray(h @ kernel @ h.T)
+
+
+KERNELS: dict[str, Kernel] = {
+    "factors": lambda r: r.grams["a"].sum(0) + r.grams["b"].sum(0),
+    "factors+head": lambda r: r.grams["a"].sum(0) + r.grams["b"].sum(0) + r.grams["head"].sum(0),
+    "factors-cosine": lambda r: cosine(r.grams["a"].sum(0) + r.grams["b"].sum(0)),
+    "product": lambda r: cosine(r.grams["product"].sum(0)),
+    "product-by-matrix": lambda r: by_matrix(r.grams["product"]),
+    "seen-by-matrix": lambda r: by_matrix(r.grams["product_seen"]),
+    "b-by-matrix": lambda r: by_matrix(r.grams["b"]),
+    "head": lambda r: cosine(r.grams["head"].sum(0)),
+    "product+head": lambda r: cosine(r.grams["product"].sum(0)) + cosine(r.grams["head"].sum(0)),
+    "by-matrix+head": lambda r: by_matrix(r.grams["product"]) + cosine(r.grams["head"].sum(0)),
+    "by-matrix+2head": lambda r: by_matrix(r.grams["product"]) + 2 * cosine(r.grams["head"].sum(0)),
+    "2by-matrix+head": lambda r: 2 * by_matrix(r.grams["product"]) + cosine(r.grams["head"].sum(0)),
+    "seen+head": lambda r: by_matrix(r.grams["product_seen"]) + cosine(r.grams["head"].sum(0)),
+    "b+head": lambda r: by_matrix(r.grams["b"]) + cosine(r.grams["head"].sum(0)),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How slots are grouped.
+
+    Attributes:
+        kernel: Name of what is compared.
+        dimensions: Eigenvectors kept: ``all``, or K plus this number.
+        cannot_link: Slots of a client fall into different groups.
+        centre: Take away what all slots share.
+        client: Share of what the slots of a client have in common that is taken away.
+        rows: Scale each slot's eigenvector coordinates to length 1.
+        starts: Of K-means.
+    """
+
+    kernel: str
+    dimensions: int | str = 0
+    cannot_link: bool = True
+    centre: bool = False
+    client: float = 0.0
+    rows: bool = False
+    starts: int = 20
+
+    def points(self, recording: Recording, k: int) -> NDArray[np.float64]:
+        """``[n, d]``."""
+        kernel = KERNELS[self.kernel](recording)
+        if self.client:
+            kernel = without_clients(kernel, recording.clients, self.client)
+        if self.centre:
+            kernel = centred(kernel)
+        values, vectors = np.linalg.eigh(kernel)
+        if self.dimensions != "all":
+            count = max(1, k + int(self.dimensions))
+            values, vectors = values[-count:], vectors[:, -count:]
+        points = vectors * np.sqrt(np.clip(values, 0, None))
+        if self.rows:
+            norms = np.linalg.norm(points, axis=1, keepdims=True)
+            points = np.divide(points, norms, out=np.zeros_like(points), where=norms > 1e-9)
+        return np.asarray(points)
+
+    def __call__(self, recording: Recording, k: int, seed: int) -> Labels:
+        """Group numbers ``[n]``."""
+        owners = list(recording.clients) if self.cannot_link else None
+        return group(self.points(recording, k), k, owners, self.starts, seed)
+
+
+RULES: dict[str, Rule] = {
+    "paper": Rule("factors", "all", cannot_link=False, starts=10),
+    "paper+head": Rule("factors+head", "all", cannot_link=False, starts=10),
+    "factors cosine": Rule("factors-cosine", "all", cannot_link=False),
+    "product": Rule("product", cannot_link=False),
+    "product link": Rule("product"),
+    "by-matrix link": Rule("product-by-matrix"),
+    "seen link": Rule("seen-by-matrix"),
+    "head link": Rule("head"),
+    "product+head link": Rule("product+head"),
+    "default": Rule("by-matrix+head"),
+    "default, no link": Rule("by-matrix+head", cannot_link=False),
+    "default, all dims": Rule("by-matrix+head", "all"),
+    "default, centred K-1": Rule("by-matrix+head", -1, centre=True),
+    "default, centred K": Rule("by-matrix+head", 0, centre=True),
+    "default, rows": Rule("by-matrix+head", rows=True),
+    "default, centred K-1, rows": Rule("by-matrix+head", -1, centre=True, rows=True),
+    "default, K+2": Rule("by-matrix+head", 2),
+    "default, client": Rule("by-matrix+head", client=1.0),
+    "default, client, K-1": Rule("by-matrix+head", -1, client=1.0, centre=True),
+    "default, half client": Rule("by-matrix+head", client=0.5),
+    "default, client, rows": Rule("by-matrix+head", -1, client=1.0, centre=True, rows=True),
+    "2 head": Rule("by-matrix+2head"),
+    "half head": Rule("2by-matrix+head"),
+    "seen+head": Rule("seen+head"),
+    "b+head": Rule("b+head"),
+}
+"""By name; ``default`` is what fltac's rule ``spectral`` compares."""

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -75,3 +76,18 @@ def write_instructions(file: Path, rows: int = 60) -> Path:
         )
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+def language_tree(root: Path) -> dict[str, Any]:
+    """The settings of a small run, its files below ``root``: three kinds of questions, three clients, two rounds."""
+    file = write_instructions(root / "rows.jsonl", 120)
+    task = {"kind": "causal-lm", "path": str(file), "columns": ["q", "c", "a"], "validation": 0.2}
+    return {
+        "backbone": {"name": str(make_language_model(root / "llama")), "device": "cpu", "max_length": 200},
+        "tasks": {kind: {**task, "filter": {"kind": kind}} for kind in ("colour", "number", "animal")},
+        "federation": {"clients": 3, "rounds": 2, "partition": {"rule": "iid"}},
+        "lora": {"rank": 2, "alpha": 16},
+        "training": {"lr": 2e-2, "steps": 4, "batch_size": 4, "precision": "float32", "threads": 1},
+        "evaluation": {"max_rows": 6},
+        "output": {"adapters": False},
+    }

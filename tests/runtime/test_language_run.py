@@ -1,8 +1,7 @@
-"""Whole runs of a tiny causal language model: methods, resuming, lanes, a data owner's node, export to plain PEFT."""
+"""Whole runs of a tiny causal language model: methods, resuming, lanes, data owners, plain PEFT, wrong input."""
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,17 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import fltac
 from fltac.cli import main
 from fltac.data.prompts import alpaca
-from fltac.data.text_scores import rouge_l
 from fltac.errors import InputError
 from fltac.evaluation import response_losses
 from fltac.records import Request
 from fltac.report.compare import comparison_table
 from fltac.report.results import load_results
 from fltac.runtime.checkpoint import latest_checkpoint
-from fltac.runtime.experiment import evaluate
 from fltac.runtime.node import Node
 from fltac.runtime.owner import load_owner
 from fltac.runtime.partition_files import write_partition
@@ -38,27 +35,14 @@ from fltac.wire.node_protocol import (
     encode_score_question,
     encode_train_question,
 )
-from judge.scripted_judge import Reply, serving, verdict
-from language import make_language_model, write_instructions
+from language import language_tree
 
 TIMES = {"seconds", "seconds_total", "peak_rss_bytes"}
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Three kinds of questions over one file, four clients, two rounds."""
-    root = tmp_path_factory.mktemp("language")
-    file = write_instructions(root / "rows.jsonl", 120)
-    task = {"kind": "causal-lm", "path": str(file), "columns": ["q", "c", "a"], "validation": 0.2}
-    return {
-        "backbone": {"name": str(make_language_model(root / "llama")), "device": "cpu", "max_length": 200},
-        "tasks": {kind: {**task, "filter": {"kind": kind}} for kind in ("colour", "number", "animal")},
-        "federation": {"clients": 3, "rounds": 2, "partition": {"rule": "iid"}},
-        "lora": {"rank": 2, "alpha": 16},
-        "training": {"lr": 2e-2, "steps": 4, "batch_size": 4, "precision": "float32", "threads": 1},
-        "evaluation": {"max_rows": 6},
-        "output": {"adapters": False},
-    }
+    return language_tree(tmp_path_factory.mktemp("language"))
 
 
 def run(tree: dict[str, Any], out: Path, *overrides: str) -> dict[str, Any]:
@@ -192,95 +176,63 @@ def test_settings_for_classes_are_refused(tree: dict[str, Any], override: str, m
         prepare(fltac.load_config(tree, [override]))
 
 
-def graded(_: int, question: Any) -> Reply:
-    return verdict(0.5)
-
-
-def test_answers_are_written_scored_and_judged(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """A judge that fails leaves everything else; the next call asks for what is missing and computes nothing anew."""
-    monkeypatch.setenv("FLTAC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("GRADER_KEY", "sk-secret")
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    before = (out / "summary.json").read_bytes(), (out / "config.yaml").read_bytes()
-    settings = ["evaluation.generation.max_rows=3", "evaluation.generation.max_new_tokens=6"]
-    with serving(lambda number, question: graded(number, question) if number < 4 else Reply(500)) as server:
-        judge = [
-            f"evaluation.judge.base_url={server.url}",
-            "evaluation.judge.model=grader",
-            "evaluation.judge.key_env=GRADER_KEY",
-            "evaluation.judge.attempts=1",
-        ]
-        with pytest.raises(SystemExit) as caught:
-            main(["evaluate", str(out), *settings, *judge])
-        assert caught.value.code == 1
-    record = json.loads((out / "evaluation.json").read_text())
-    assert "judge" not in record
-    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
-    assert {line["task"] for line in lines} == {"colour", "number", "animal"}
-    for line in lines:
-        assert line["prompt"].startswith("Below is an instruction")
-        assert line["prompt"].endswith("### Response:\n")
-        assert f"Which {line['task']}?" in line["prompt"]
-        assert line["reference"] == line["task"][0] * len(line["reference"])
-        assert line["rouge_l"] == rouge_l(line["answer"], line["reference"])
-        assert (out / "adapters" / line["adapter"]).is_dir()
-    for name, scores in record["generation"]["tasks"].items():
-        own = [line for line in lines if line["task"] == name]
-        weights = [line["clients"] for line in own]
-        assert scores["rouge_l"] == pytest.approx(np.average([line["rouge_l"] for line in own], weights=weights))
-        assert scores["n"] == 3
-    kept = len((out / "verdicts.jsonl").read_text().splitlines())
-    assert kept >= 4
-    again = (out / "generations.jsonl").stat().st_mtime_ns
-    with serving(graded) as server:
-        judge[0] = f"evaluation.judge.base_url={server.url}"
-        done = evaluate(out, overrides=[*settings, *judge])
-        asked = len({(line["prompt"], line["answer"], line["reference"]) for line in lines})
-        assert len(server.questions) == asked - 4
-    assert done["judge"]["tasks"] == {"colour": 0.5, "number": 0.5, "animal": 0.5}
-    assert done["tasks"] == record["tasks"]
-    assert (out / "generations.jsonl").stat().st_mtime_ns == again
-    assert len((out / "verdicts.jsonl").read_text().splitlines()) == len(lines)
-    assert ((out / "summary.json").read_bytes(), (out / "config.yaml").read_bytes()) == before
-    assert b"sk-secret" not in b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
-
-
-def test_answers_of_an_adapter_are_those_of_plain_peft(finished: Path, tmp_path: Path) -> None:
-    """Every exported adapter generates by plain PEFT what the evaluation wrote down."""
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    evaluate(out, overrides=["evaluation.generation.max_rows=1", "evaluation.generation.max_new_tokens=5"])
-    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
-    folder = fltac.load_config(out / "config.yaml").backbone.name
-    letters = AutoTokenizer.from_pretrained(folder)
-    assert len({line["adapter"] for line in lines}) == 3
-    for line in lines:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        plain = PeftModel.from_pretrained(base, out / "adapters" / line["adapter"]).eval()
-        batch = letters(line["prompt"], return_tensors="pt", return_token_type_ids=False)
-        whole = plain.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0)
-        text = letters.decode(whole[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert line["answer"] == text.strip()
+def write_config(tree: dict[str, Any], folder: Path) -> str:
+    (folder / "own.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / "own.yaml")
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.lr=1", "override 'training.lr=1': a run's settings are fixed; allowed are those of evaluation"),
-        ("evaluation.judge.model=m", "evaluation.judge.base_url"),
-        ("evaluation.generation.max_new_tokens=199", "max_new_tokens: 199 tokens leave no room for a prompt"),
+        ("backbone.name=nobody/none", "'nobody/none' has no tokenizer, needed by the causal-lm task"),
+        ("backbone.name=nobody/none", "allowed are a local Hugging Face folder with a tokenizer, package:"),
+        ("backbone.kind=text", "backbone.kind: got 'text'; allowed with causal-lm tasks are auto, causal-lm"),
+        ("backbone.max_length=40", "backbone.max_length: 40 tokens leave no room for text beside the 100 of"),
+        ("tasks.colour.template=chat", "tasks.colour.template: 'chat', but the backbone's tokenizer has no chat"),
+        ("tasks.colour.template=vicuna", "tasks.colour.template: got 'vicuna'; input should be 'alpaca' or 'chat'"),
+        ("tasks.colour.columns=[q]", "tasks.colour.columns: got ['q']; a causal-lm task has different columns"),
+        ("tasks.colour.columns=[q, reply]", "has no column 'reply'; it has q, c, a, kind"),
+        ("tasks.colour.filter={kind: smell}", "has 'smell' in column 'kind'"),
+        ("tasks.colour.metric=accuracy", "tasks.colour.metric: got 'accuracy'; allowed for a causal-lm task is loss"),
+        ("tasks.colour.label=kind", "tasks.colour.label: got 'kind'; a causal-lm task has no classes"),
+        ("tasks.extra={preset: dolly-open-qa}", "'databricks/databricks-dolly-15k' could not be loaded"),
+        ("tasks.extra={preset: dolly-open-qa}", "with data_root= (presets) or tasks.extra.path= it is read from local"),
     ],
 )
-def test_what_cannot_be_evaluated(finished: Path, override: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        evaluate(finished, overrides=[override])
+def test_wrong_input_is_one_line_and_code_2(
+    tree: dict[str, Any], tmp_path: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", write_config(tree, tmp_path), override, "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_key_that_is_not_set_is_said_before_anything_is_computed(finished: Path) -> None:
-    judge = ["evaluation.judge.base_url=http://h/v1", "evaluation.judge.model=m", "evaluation.judge.key_env=NOT_SET"]
-    with pytest.raises(InputError, match="the environment variable NOT_SET is not set"):
-        evaluate(finished, overrides=["evaluation.generation.max_rows=1", *judge])
+def test_a_partition_written_by_the_command_is_what_an_owner_checks(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["tasks.colour.long_response=cut", "tasks.number.prompt_cut=left"]
+    owners = tmp_path / "owners"
+    with pytest.raises(SystemExit) as caught:
+        main(["partition", write_config(tree, tmp_path), *settings, "--write", str(owners), "--json"])
+    assert caught.value.code == 0
+    counts = json.loads(capsys.readouterr().out)["clients"]
+    assert {sum(row.values()) for row in counts.values()} == {33, 30}
+    own = yaml.safe_load((owners / "client-0" / "client.yaml").read_text())
+    prompting = {name: (task["prompt_cut"], task["long_response"]) for name, task in own["tasks"].items()}
+    assert prompting == {"colour": ("right", "cut"), "number": ("left", "drop"), "animal": ("right", "drop")}
+    file = str(owners / "client-0" / "client.yaml")
+    with pytest.raises(SystemExit) as caught:
+        main(["client", "check", file, "--config", str(owners / "coordinator.yaml"), "--json"])
+    assert caught.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(task["metric"], task["outputs"], task["majority"]) for task in found["tasks"]] == [("loss", 0, None)] * 3
+    assert sum(task["rows"] for task in found["tasks"]) == sum(counts["client-0"].values())
 
 
 def test_data_owners_get_the_rows_of_the_simulation(tree: dict[str, Any], tmp_path: Path) -> None:

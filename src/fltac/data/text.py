@@ -184,7 +184,10 @@ def open_tokenizer(config: BackboneConfig, folder: str, task: ResolvedTask) -> t
         architecture = AutoConfig.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # a missing or damaged tokenizer surfaces in many ways
-        raise InputError(f"{missing} ({str(error).strip().split(chr(10))[0][:160]})") from error
+        raise InputError(
+            f"{missing} ({str(error).strip().split(chr(10))[0][:160]}); allowed are a local Hugging Face folder with a "
+            "tokenizer, package:<import name>/<folder>, or a hub id that can be reached"
+        ) from error
     # Where the files are missing, transformers makes a tokenizer that knows the special tokens only.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise InputError(missing)

@@ -124,6 +124,8 @@ def build_model(
         named = ", ".join(f"{task.name} ({task.kind})" for task in tasks.values())
         raise InputError(f"tasks: one backbone reads one kind, got {named}")
     kind = kinds.pop()
+    if config.backbone.kind not in ("auto", kind):
+        raise InputError(f"backbone.kind: got {config.backbone.kind!r}; allowed with {kind} tasks are auto, {kind}")
     if kind == "causal-lm" and config.training.loss != "plain":
         raise InputError(f"training.loss: got {config.training.loss!r}; allowed with causal-lm tasks is plain")
     backbone, modules, model = wrapped_backbone(config, kind)

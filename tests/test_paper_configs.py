@@ -1,14 +1,30 @@
-"""The configs of the paper's scale, against the architecture that they name, built without any weights."""
+"""The configs of the paper's scale: real architectures without any weights, and whole runs of tiny ones."""
 
+import json
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
+import fltac
 from fltac.config import load_config
 from fltac.model.targets import find_targets, layer_shapes
+from fltac.runtime.experiment import evaluate
+from language import POSITIONS, make_language_model
 
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
 LLAMA_7B = LlamaConfig(
@@ -29,6 +45,91 @@ def test_dolly_llama_has_the_papers_parameters(method: str, parameters: int) -> 
     assert sum(config.lora.rank * (inputs + outputs) for inputs, outputs in shapes.values()) == parameters
     assert sum(prod(parameter.shape) for parameter in model.parameters()) == 6_738_415_616
     assert (len(config.tasks), config.federation.clients, config.lora.scaling) == (8, 10, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "whole", "adapter"),
+    [
+        (GPT2Config(), 124_439_808, 12 * (768 + 3 * 768)),  # c_attn
+        (
+            Qwen2Config(
+                vocab_size=151936,
+                hidden_size=896,
+                intermediate_size=4864,
+                num_hidden_layers=24,
+                num_attention_heads=14,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            ),
+            494_032_768,
+            24 * (896 + 896 + 896 + 128),  # q_proj, v_proj
+        ),
+        (MistralConfig(vocab_size=32000), 7_241_732_096, 32 * (4096 + 4096 + 4096 + 1024)),  # q_proj, v_proj
+    ],
+    ids=["gpt2", "qwen2.5-0.5b", "mistral-7b"],
+)
+def test_targets_of_real_architectures_are_those_of_pefts_table(
+    architecture: PretrainedConfig, whole: int, adapter: int
+) -> None:
+    """The published numbers of parameters, and those of an adapter of rank 1."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    assert sum(prod(parameter.shape) for parameter in model.parameters()) == whole
+    shapes = layer_shapes(model, find_targets(model, None, None))
+    assert sum(inputs + outputs for inputs, outputs in shapes.values()) == adapter
+
+
+def write_dolly(file: Path, categories: list[str]) -> None:
+    """A file like Dolly's: 40 rows of each category; the first response of each is too long, its second prompt is."""
+    rows = []
+    for category in categories:
+        for number in range(40):
+            context = f"the {category} of {number} " * (30 if number == 1 else 1) if number % 2 else ""
+            answer = category[0] * (2 * POSITIONS if number == 0 else 3 + number % 3)
+            rows.append(
+                {"instruction": f"What? {number}", "context": context, "response": answer, "category": category}
+            )
+    file.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+
+
+@pytest.mark.parametrize("method", ["fltac", "fedit"])
+@pytest.mark.parametrize("name", ["dolly-llama", "dolly-llama-small"])
+def test_a_whole_run_of_a_tiny_llama(name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything as in the config but the model's size, the data, and how long it trains."""
+    model = make_language_model(tmp_path / "models" / "stories260K")
+    monkeypatch.setenv("FLTAC_DATA", str(tmp_path))
+    overrides = [f"method={method}", f"backbone.name={model}", f"data_root={tmp_path / 'data'}"]
+    overrides += ["backbone.device=cpu", "training.steps=2", "training.threads=1", "federation.rounds=1"]
+    overrides += ["training.precision=float32"]  # so that plain PEFT, in float32, writes the same
+    config = load_config(PAPER / f"{name}.yaml", overrides)
+    presets = [task.removeprefix("dolly-").replace("-", "_") for task in config.tasks]
+    write_dolly(tmp_path / "data" / "dolly" / "train.parquet", presets)
+
+    summary = fltac.run(config, tmp_path / "run").summary
+
+    assert list(summary["tasks"]) == list(config.tasks)
+    # 2 layers of q: 16 -> 16 and v: 16 -> 8.
+    assert summary["trainable_parameters"] == {"none": config.lora.rank * 2 * (32 + 24)}
+    counted: dict[str, int] = {}
+    for counts in summary["row_counts"].values():
+        for split in ("train", "validation"):
+            for reason, count in counts[split].items():
+                counted[reason] = counted.get(reason, 0) + count
+    assert counted == {"used": 8 * 39, "dropped_long": 8, "prompt_cut": 8}
+    answered = ["evaluation.generation.max_rows=1", "evaluation.generation.max_new_tokens=4"]
+    record: dict[str, Any] = evaluate(tmp_path / "run", overrides=answered)
+    assert set(record["generation"]["tasks"]) == set(config.tasks)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for folder in sorted((tmp_path / "run" / "adapters").iterdir()):
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder)
+        for line in lines:
+            batch = tokenizer(line["prompt"], return_tensors="pt", return_token_type_ids=False)
+            size = batch["input_ids"].shape[1]
+            if line["adapter"] == folder.name and size + 4 <= POSITIONS:
+                out = plain.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
+                assert line["answer"] == tokenizer.decode(out[0, size:], skip_special_tokens=True).strip()
 
 
 def test_the_small_one_differs_in_size_alone() -> None:

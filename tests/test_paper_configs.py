@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -117,19 +118,44 @@ def test_a_whole_run_of_a_tiny_llama(name: str, method: str, tmp_path: Path, mon
             for reason, count in counts[split].items():
                 counted[reason] = counted.get(reason, 0) + count
     assert counted == {"used": 8 * 39, "dropped_long": 8, "prompt_cut": 8}
-    answered = ["evaluation.generation.max_rows=1", "evaluation.generation.max_new_tokens=4"]
-    record: dict[str, Any] = evaluate(tmp_path / "run", overrides=answered)
-    assert set(record["generation"]["tasks"]) == set(config.tasks)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()]
+    answers_are_those_of_plain_peft(tmp_path / "run", model, list(config.tasks), POSITIONS)
+
+
+def answers_are_those_of_plain_peft(run: Path, model: Path, tasks: list[str], positions: int) -> None:
+    """Every exported adapter answers a prompt that fits whole by plain PEFT as in the evaluation."""
+    answered = ["evaluation.generation.max_rows=2", "evaluation.generation.max_new_tokens=4"]
+    record: dict[str, Any] = evaluate(run, overrides=answered)
+    assert set(record["generation"]["tasks"]) == set(tasks)
+    lines = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for folder in sorted((tmp_path / "run" / "adapters").iterdir()):
+    compared = set()
+    for folder in sorted((run / "adapters").iterdir()):
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder)
         for line in lines:
             batch = tokenizer(line["prompt"], return_tensors="pt", return_token_type_ids=False)
             size = batch["input_ids"].shape[1]
-            if line["adapter"] == folder.name and size + 4 <= POSITIONS:
+            if line["adapter"] == folder.name and size + 4 <= positions:
                 out = plain.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
                 assert line["answer"] == tokenizer.decode(out[0, size:], skip_special_tokens=True).strip()
+                compared.add(folder.name)
+    assert compared == {line["adapter"] for line in lines}
+
+
+@pytest.mark.data
+def test_dolly_on_the_small_llama(data_root: Path, tmp_path: Path) -> None:
+    """Two categories, two clients, one short round: the loss of each falls well below the untuned model's."""
+    categories = {name: {"preset": name, "validation": 0.03} for name in ("dolly-open-qa", "dolly-brainstorming")}
+    tree = yaml.safe_load((PAPER / "dolly-llama-small.yaml").read_text()) | {"tasks": categories}
+    short = ["federation.clients=2", "federation.partition.rule=iid", "federation.rounds=1", "training.steps=20"]
+    trained, untuned = (
+        fltac.run(load_config(tree, [*short, f"method={method}"]), tmp_path / method).summary
+        for method in ("fltac", "zero")
+    )
+    for name, task in trained["tasks"].items():
+        assert task["score"] < untuned["tasks"][name]["score"] - 0.2
+        counts = trained["row_counts"][name]["train"]
+        assert min(counts["dropped_long"], counts["prompt_cut"], counts["used"]) > 0, "beyond 512 tokens"
+    answers_are_those_of_plain_peft(tmp_path / "fltac", data_root / "models" / "stories260K", list(categories), 512)
 
 
 def test_the_small_one_differs_in_size_alone() -> None:

@@ -128,7 +128,10 @@ def test_an_exported_adapter_is_what_was_scored(finished: Path) -> None:
     folder = finished / "adapters" / f"cluster-{cluster.id}"
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["task_type"] == "CAUSAL_LM"
+    assert (settings["bias"], settings["modules_to_save"]) == ("none", None)
     assert not (folder / "head.safetensors").exists()
+    factors = {name.split(".self_attn.")[-1] for name in load_file(folder / "adapter_model.safetensors")}
+    assert factors == {f"{layer}_proj.lora_{factor}.weight" for layer in "qv" for factor in "AB"}, "nothing else"
     base = AutoModelForCausalLM.from_pretrained(experiment.backbone.folder, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, folder).eval()
     batch = {name: torch.from_numpy(value) for name, value in task.validation.batch(rows).items()}

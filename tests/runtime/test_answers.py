@@ -27,6 +27,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+def call(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
 def graded(_: int, question: Any) -> Reply:
     return verdict(0.5)
 
@@ -64,7 +70,7 @@ def test_answers_are_written_scored_and_judged(finished: Path, tmp_path: Path, m
         own = [line for line in lines if line["task"] == name]
         weights = [line["clients"] for line in own]
         assert scores["rouge_l"] == pytest.approx(np.average([line["rouge_l"] for line in own], weights=weights))
-        assert scores["n"] == 3
+        assert (scores["n"], scores["prompts_cut"]) == (3, 0)
     kept = len((out / "verdicts.jsonl").read_text().splitlines())
     assert kept >= 4
     again = (out / "generations.jsonl").stat().st_mtime_ns
@@ -99,13 +105,28 @@ def test_answers_of_an_adapter_are_those_of_plain_peft(finished: Path, tmp_path:
         assert line["answer"] == text.strip()
 
 
+def test_prompts_are_cut_so_that_an_answer_fits_and_are_counted(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each letter is a token; of 200 there are 60 for the answer. Prompts with a context are longer than 140."""
+    settings = ["evaluation.generation.max_new_tokens=60", "evaluation.generation.max_rows=4"]
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert call("evaluate", str(out), *settings) == 0
+    said = capsys.readouterr().err
+    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert {bool(line["prompt_cut"]) for line in lines} == {True, False}
+    for line in lines:
+        assert line["prompt_cut"] == max(0, len(line["prompt"]) - 140)
+        assert len(line["answer"]) <= 60
+    counts = json.loads((out / "evaluation.json").read_text())["generation"]["tasks"]
+    for name, scores in counts.items():
+        cut = {line["row"] for line in lines if line["task"] == name and line["prompt_cut"]}
+        assert scores["prompts_cut"] == len(cut)
+        assert f"{name}: answers to 4 held-out prompts, of which {len(cut)} had to be cut" in said
+
+
 WRITE = ["evaluation.generation.max_rows=1", "evaluation.generation.max_new_tokens=4"]
-
-
-def call(*arguments: str) -> int | str | None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    return caught.value.code
 
 
 @pytest.mark.parametrize(

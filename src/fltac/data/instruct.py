@@ -134,8 +134,11 @@ class InstructEncoder:
         kept = np.flatnonzero(batch.column("kept").to_numpy(zero_copy_only=False))
         return InstructRows(TokenRows(columns, offsets, {"input_ids": self.pad, "labels": IGNORED}), kept)
 
-    def prompts(self, split: RawSplit, answer: int) -> list[list[int]]:
+    def prompts(self, split: RawSplit, answer: int) -> list[tuple[list[int], int]]:
         """The prompts of all rows of a split, cut so that an answer of so many tokens fits behind each.
+
+        Returns:
+            For each row the tokens, and how many were cut.
 
         Raises:
             InputError: there is no such room.
@@ -150,7 +153,7 @@ class InstructEncoder:
                         f"{split.task.name} in a context of {self.max_length}"
                     )
                 body = _cut(parts.body, len(parts.body) - room, split.task.prompting)
-                out.append([*parts.before, *body, *parts.after])
+                out.append(([*parts.before, *body, *parts.after], len(parts.body) - len(body)))
         return out
 
     def _parts(self, texts: Sequence[str], prompts: Sequence[Prompt], split: RawSplit) -> Iterator[_Parts]:

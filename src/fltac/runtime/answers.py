@@ -40,6 +40,7 @@ class Answer:
         clients: How many of the task's clients received this adapter.
         row: The row's number in its file or split, from 0.
         prompt: As the model read it, unless it had to be cut.
+        prompt_cut: How many tokens of it the model did not read, since the answer had to fit behind it.
         reference: The row's own response.
         answer: What was written.
         rouge_l: From 0 to 1.
@@ -51,6 +52,7 @@ class Answer:
     clients: int
     row: int
     prompt: str
+    prompt_cut: int
     reference: str
     answer: str
     rouge_l: float
@@ -81,8 +83,10 @@ def write_answers(
         resolved = resolve_task(name, config.tasks[name], config.data_root)
         encoder = instruct_encoder(config.backbone, folder, resolved)
         split = _chosen(task, load_rows(resolved, config.federation.seed).validation, settings, config.federation.seed)
-        out += _task_answers(experiment, state, name, encoder, split, settings)
-        progress.message(f"{name}: answers to {len(split.rows)} held-out prompts")
+        answers = _task_answers(experiment, state, name, encoder, split, settings)
+        cut = len({answer.row for answer in answers if answer.prompt_cut})
+        progress.message(f"{name}: answers to {len(split.rows)} held-out prompts, of which {cut} had to be cut")
+        out += answers
     return out
 
 
@@ -104,7 +108,8 @@ def _task_answers(
 ) -> list[Answer]:
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
     texts = [row for rows in raw_rows(split) for row in rows]
-    prompts = encoder.prompts(split, settings.max_new_tokens)
+    fitted = encoder.prompts(split, settings.max_new_tokens)
+    prompts = [tokens for tokens, _ in fitted]
     by_length = np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist()
     model, out = experiment.model, []
     for cluster, clients in _receivers(experiment, state, name).items():
@@ -121,7 +126,8 @@ def _task_answers(
             prompt = prompt_of(text, split.task, encoder.tokenizer).text
             scores = (rouge_l(written[row], text["response"]), token_f1(written[row], text["response"]))
             place = int(split.rows[row])
-            out.append(Answer(name, folder, clients, place, prompt, text["response"], written[row], *scores))
+            told = (prompt, fitted[row][1], text["response"], written[row])
+            out.append(Answer(name, folder, clients, place, *told, *scores))
     return out
 
 
@@ -156,7 +162,8 @@ def answer_scores(answers: Sequence[Answer], **more: Sequence[float]) -> Record:
             score: float(np.average([values[index] for index in chosen], weights=weights))
             for score, values in scores.items()
         }
-        out[name] = {**means, "n": len({answers[index].row for index in chosen})}
+        cut = {answers[index].row for index in chosen if answers[index].prompt_cut}
+        out[name] = {**means, "n": len({answers[index].row for index in chosen}), "prompts_cut": len(cut)}
     return out
 
 

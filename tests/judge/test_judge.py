@@ -11,7 +11,7 @@ from fltac.config import load_config
 from fltac.config.answers import JudgeConfig
 from fltac.errors import InputError, RunError
 from fltac.judge.endpoint import Endpoint, JudgeError
-from fltac.judge.panel import estimate, judge
+from fltac.judge.panel import MOST_UNREADABLE, estimate, judge
 from fltac.judge.rubric import BadVerdictError, Item, Verdict, messages, read_verdict
 from fltac.judge.verdicts import VerdictFile, key_of
 from judge.scripted_judge import Reply, completion, serving, verdict
@@ -147,6 +147,34 @@ def test_a_judge_that_is_down_keeps_what_there_is_and_judging_goes_on(tmp_path: 
     assert said[0].startswith("judge: 1 of 2 verdicts to be asked")
     assert [found.score for found in verdicts] == [1.0, 0.25, 1.0]
     assert len(file.read_text().splitlines()) == 3
+
+
+def test_one_answer_that_the_judge_cannot_do_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    """The same answer twice is asked for once; what there is no verdict of is asked for by the next call."""
+    file = tmp_path / "verdicts.jsonl"
+    message = r"its answer cannot be used: no JSON: '\?' \(1 of 2 verdicts are kept"
+    with (
+        serving(lambda _, question: completion("?") if "four" in str(question) else verdict(0.5)) as server,
+        pytest.raises(RunError, match=message),
+    ):
+        judged(server.url, file, attempts=1)
+    assert len(server.questions) == 2
+    assert [json.loads(line)["task"] for line in file.read_text().splitlines()] == ["colours"]
+    with serving(by_answer) as server:
+        verdicts, _ = judged(server.url, file)
+        assert len(server.questions) == 1
+    assert [found.score for found in verdicts] == [1.0, 0.5, 1.0]
+
+
+def test_a_judge_that_cannot_do_any_is_not_asked_for_all(tmp_path: Path) -> None:
+    chosen = config("http://unused/v1", attempts=2)
+    items = [Item("?", "yes", f"answer {number}") for number in range(10)]
+    with serving(lambda *_: completion("I like it.")) as server:
+        endpoint = Endpoint(chosen.model_copy(update={"base_url": server.url}), None, sleep=lambda _: None)
+        with pytest.raises(RunError, match="0 of 10 verdicts are kept"):
+            judge(items, [{}] * 10, chosen, VerdictFile(tmp_path / "verdicts.jsonl"), endpoint, lambda _: None)
+        endpoint.close()
+    assert len(server.questions) == 2 * MOST_UNREADABLE
 
 
 def test_a_judge_that_is_not_there_at_all(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_command_says_why_judging_stopped_and_goes_on(
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("error: judge: ")
         assert reason in last
-        assert "(1 of 3 verdicts are kept; `fltac evaluate` with the same settings goes on from there)" in last
+        assert "(1 of 3 verdicts are kept; `fltac evaluate` with the same settings asks for the others)" in last
         record = json.loads((out / "evaluation.json").read_text())
         assert set(record["tasks"]) == set(record["generation"]["tasks"]) == {"colour", "number", "animal"}
         broken = False

@@ -23,6 +23,10 @@ class JudgeError(RuntimeError):
     """The endpoint gives no completion; the text is one line that holds no key."""
 
 
+class UnreadableError(JudgeError):
+    """The endpoint gives completions, but none that can be read."""
+
+
 class _Again(Exception):
     """An attempt that may be made again, after so many seconds if the endpoint says."""
 
@@ -70,6 +74,7 @@ class Endpoint:
             read: Raises a ``ValueError`` where the text is not what was asked for; it is then asked for again.
 
         Raises:
+            UnreadableError: after the last attempt, if that was answered with a text that cannot be read.
             JudgeError: after the last attempt, or at once where another one would be no better.
         """
         config = self._config
@@ -82,16 +87,17 @@ class Endpoint:
         if config.json_mode:
             body["response_format"] = {"type": "json_object"}
         reason = ""
+        kind: type[JudgeError] = JudgeError
         for attempt in range(config.attempts):
             try:
                 return read(self._completion(body))
             except _Again as error:
-                reason, wait = str(error), error.wait
+                reason, wait, kind = str(error), error.wait, JudgeError
             except ValueError as error:
-                reason, wait = f"its answer cannot be used: {error}", None
+                reason, wait, kind = f"its answer cannot be used: {error}", None, UnreadableError
             if attempt + 1 < config.attempts:
                 self._sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) if wait is None else wait)
-        raise JudgeError(f"{config.base_url} gives no verdict in {config.attempts} attempts; the last: {reason}")
+        raise kind(f"{config.base_url} gives no verdict in {config.attempts} attempts; the last: {reason}")
 
     def _completion(self, body: Mapping[str, Any]) -> str:
         begin, limit = self._clock(), self._config.timeout_seconds

@@ -5,12 +5,14 @@ from typing import Protocol
 
 from fltac.config.answers import JudgeConfig
 from fltac.errors import RunError
-from fltac.judge.endpoint import JudgeError, Reader
+from fltac.judge.endpoint import JudgeError, Reader, UnreadableError
 from fltac.judge.rubric import Item, Verdict, messages, read_verdict
 from fltac.judge.verdicts import VerdictFile, cached, keep, key_of
 
 LETTERS_PER_TOKEN = 4
 """Of English, as a rule of thumb: the judge's own tokenizer is not known here."""
+MOST_UNREADABLE = 3
+"""Verdicts in a row that cannot be read, after which judging stops: one answer may be odd, three are an unfit judge."""
 VERDICT_TOKENS = 40
 """Of a verdict, as a guess."""
 
@@ -45,7 +47,7 @@ def judge(
         One verdict for each answer.
 
     Raises:
-        RunError: the judge cannot be had or writes nonsense; the verdicts so far are kept.
+        RunError: the judge cannot be had or writes nonsense; the verdicts that there are are kept.
     """
     keys = [key_of(item, config.model) for item in items]
     known: dict[str, Verdict] = {}
@@ -55,18 +57,30 @@ def judge(
             known[key] = found
     open_ = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
     say(estimate(list(open_.values()), len(set(keys)), config))
+    failure: JudgeError | None = None
+    given_up: set[str] = set()
+    in_a_row = 0
     for key, where in zip(keys, places, strict=True):
+        if key in given_up:
+            continue
         if key not in known:
             try:
                 verdict = endpoint.ask(messages(open_[key]), read_verdict)
             except JudgeError as error:
-                raise RunError(
-                    f"judge: {error} ({len(known)} of {len(set(keys))} verdicts are kept; "
-                    "`fltac evaluate` with the same settings goes on from there)"
-                ) from error
+                failure, in_a_row = error, in_a_row + 1
+                given_up.add(key)
+                if isinstance(error, UnreadableError) and in_a_row < MOST_UNREADABLE:
+                    continue
+                break
+            in_a_row = 0
             known[key] = verdict
             keep(key, verdict)
         file.add(key, known[key], where)
+    if failure is not None:
+        raise RunError(
+            f"judge: {failure} ({len(known)} of {len(set(keys))} verdicts are kept; "
+            "`fltac evaluate` with the same settings asks for the others)"
+        ) from failure
     return [known[key] for key in keys]
 
 

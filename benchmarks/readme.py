@@ -1,15 +1,25 @@
-"""Writes the generated parts of README.md and its figure from committed results: ``python benchmarks/readme.py``."""
+"""Writes the generated parts of the pages, and a figure, from committed results: ``python benchmarks/readme.py``."""
 
 import argparse
 import re
 import sys
 from pathlib import Path
 
-from fltac.report.compare import comparison_table, label_of, load_results, majority_of, score_of, tasks_of
+from fltac.config.metrics import higher_is_better
+from fltac.report.compare import (
+    comparison_table,
+    label_of,
+    load_results,
+    majority_of,
+    metrics_of,
+    score_of,
+    tasks_of,
+)
 from fltac.report.scores_plot import plot_scores
 
 ROOT = Path(__file__).parent.parent
-TABLES = {name: ROOT / "results" / name for name in ("glue-minilm", "quickstart")}
+TABLES = {name: ROOT / "results" / name for name in ("glue-minilm", "quickstart", "dolly-llama-small")}
+PAGES = [ROOT / "README.md", ROOT / "docs" / "text-generation.md"]
 FIGURE = ROOT / "docs" / "quickstart.png"
 DRAWN = ("local", "fedit", "fedit-heads", "fltac-paper", "fltac", "oracle", "central")
 
@@ -30,21 +40,25 @@ def reading(folder: Path) -> str:
     for task in tasks_of(results):
         own = score_of(ours, task)
         assert own is not None
+        higher = higher_is_better(metrics_of(results, [task]))
+        way, sign = ("higher", 1) if higher else ("lower", -1)
         better = [
             f"{label_of(result)} {other.mean:.3f}"
             for result in results
-            if result is not ours and (other := score_of(result, task)) and other.mean > own.mean
+            if result is not ours and (other := score_of(result, task)) and sign * (other.mean - own.mean) > 0
         ]
-        said = f"higher: {', '.join(better)}" if better else "nothing is higher"
-        low = own.mean <= majority[task]
+        said = f"{way}: {', '.join(better)}" if better else f"nothing is {way}"
+        low = task in majority and own.mean <= majority[task]
         lines.append(f"- {task}: {own.mean:.3f}, " + ("not above the majority class; " if low else "") + said)
     return "\n".join(lines)
 
 
 def filled(text: str) -> str:
-    """README text with every ``<!-- table:NAME -->`` block generated again."""
+    """A page's text with every ``<!-- table:NAME -->`` block generated again."""
     for name, folder in TABLES.items():
         start, end = f"<!-- table:{name} -->", f"<!-- end:{name} -->"
+        if start not in text:
+            continue
         block = f"{start}\n{generated(name, folder)}\n\n{reading(folder)}\n{end}"
         text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _, block=block: block, text, flags=re.S)
     return text
@@ -52,14 +66,13 @@ def filled(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(before)
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     if args.check:
-        return int(before != after)
-    path.write_text(after, encoding="utf-8")
+        return int(any(filled(text) != text for text in texts.values()))
+    for page, text in texts.items():
+        page.write_text(filled(text), encoding="utf-8")
     quickstart = TABLES["quickstart"]
     plot_scores(load_results([quickstart / method for method in DRAWN if (quickstart / method).is_dir()]), FIGURE)
     return 0

@@ -60,8 +60,10 @@ class StandIn:
             raise self.fail
         return SimpleNamespace(directory=directory, summary=summary(run_directory.open_existing(directory).config))
 
-    def evaluate(self, directory: Path, progress: Any) -> dict[str, Any]:
-        self.calls.append(("evaluate", str(directory)))
+    def evaluate(self, directory: Path, progress: Any, overrides: list[str]) -> dict[str, Any]:
+        self.calls.append(("evaluate", str(directory), *overrides))
+        if self.fail is not None:
+            raise self.fail
         whole = summary(run_directory.open_existing(directory).config)
         return {key: whole[key] for key in ("tasks", "mean_score", "clustering")}
 
@@ -191,7 +193,11 @@ def test_resume_and_evaluate(api: StandIn, capsys: pytest.CaptureFixture[str]) -
     assert "0.850" in capsys.readouterr().out
     assert call("evaluate", "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["mean_score"] == pytest.approx(0.85)
-    assert api.calls == [("resume", "out")] * 2 + [("evaluate", "out")] * 2
+    assert call("evaluate", "out", "evaluation.generation.max_rows=3") == 0
+    overridden = ("evaluate", "out", "evaluation.generation.max_rows=3")
+    assert api.calls == [("resume", "out")] * 2 + [("evaluate", "out")] * 2 + [overridden]
+    api.fail = RunError("judge: it is down")
+    assert call("evaluate", "out") == 1
 
 
 def test_export_prints_the_folders(api: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is committed as a result is whole, and README.md says what the results say."""
+"""What is committed as a result is whole, and the pages say what the results say."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = sorted(path.parent for path in (ROOT / "results").glob("*/*/seed-*/summary.json"))
 
 
-def test_the_readme_is_generated_from_the_results() -> None:
+def test_the_pages_are_generated_from_the_results() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"], check=False)
     assert done.returncode == 0, "run `python benchmarks/readme.py`"
 
@@ -36,4 +36,5 @@ def test_a_result_has_its_config_and_provenance(run: Path) -> None:
         records = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
         assert len(records) == summary["rounds"]
         assert records[-1]["tasks"] == summary["tasks"]
-    assert all(task["n_eval"] > 200 for task in summary["tasks"].values())
+    # A loss is a mean over the tokens of all rows, and needs fewer of them.
+    assert all(task["n_eval"] > (40 if task["metric"] == "loss" else 200) for task in summary["tasks"].values())

@@ -135,12 +135,16 @@ def resume(
 
 
 @app.command()
-def evaluate(directory: RunFolder, json: Json = False) -> None:
-    """Score the newest checkpoint of the run in DIR on all validation rows."""
+def evaluate(directory: RunFolder, overrides: Overrides = None, json: Json = False) -> None:
+    """Score the newest checkpoint of the run in DIR on all validation rows.
+
+    KEY=VALUE overrides a setting of evaluation: evaluation.generation.max_rows=8 has a language model's adapters write
+    answers, and evaluation.judge.* has them judged. A judging that was stopped goes on where it was.
+    """
     with _stdout_kept_for_json(json), _progress() as progress:
         from fltac.runtime import experiment
 
-        record = experiment.evaluate(directory, progress=progress)
+        record = experiment.evaluate(directory, progress=progress, overrides=overrides or [])
     _print_run(directory, record, json)
 
 

@@ -5,8 +5,9 @@ rows, and averages over clients; each (adapter, task) pair is scored once.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from fltac.client.training import row_keys
 from fltac.config import Config
+from fltac.config.metrics import worst
 from fltac.data.encoded import EncodedTask
 from fltac.data.metrics import predictions_from_logits, score
 from fltac.model.lanes import LaneModel
@@ -41,23 +43,30 @@ class Holding:
 ScoreKey = tuple[bytes, str, str, int]
 """(digest of an adapter, head key, task, number of rows)."""
 
+Measured = dict[str, float]
+"""What was found of an adapter on a task's rows, by metric: the task's own, and perhaps more."""
+
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's scores over the clients that hold it."""
+    """One task's scores over the clients that hold it; ``more``: other metrics, averaged likewise."""
 
     metric: str
     score: float
     worst_client: float
     n_eval: int
+    more: Mapping[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, str | float | int]:
-        """As it stands in ``rounds.jsonl``."""
+        """As it stands in ``rounds.jsonl``; a loss with its perplexity, of at most exp(700)."""
+        perplexity = {"perplexity": math.exp(min(self.score, 700.0))} if self.metric == "loss" else {}
         return {
             "metric": self.metric,
             "score": self.score,
             "worst_client": self.worst_client,
             "n_eval": self.n_eval,
+            **perplexity,
+            **self.more,
         }
 
 
@@ -85,6 +94,39 @@ def predict_logits(
     return np.concatenate(out)
 
 
+@torch.no_grad()
+def response_losses(
+    model: LaneModel, adapter: Adapter, task: EncodedTask, rows: NDArray[np.int64], batch_size: int
+) -> Measured:
+    """What a causal language model with an adapter makes of validation rows' responses.
+
+    Returns:
+        ``loss``: the negative log-likelihood of a response token in nats, the mean over all tokens of all rows;
+        ``token_accuracy``: the share of them that were the most likely ones.
+    """
+    model.load([adapter])
+    total, right, tokens = 0.0, 0, 0
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        keys = row_keys(task.validation, part) if model.prefix else []
+        predicted = model.predictions(model.stack([task.validation.batch(part)]), 1, keys)
+        total += float(predicted.row_losses()[0].double().sum())
+        right += int((predicted.logits.argmax(dim=1) == predicted.tokens).sum())
+        tokens += len(predicted.tokens)
+    return {"loss": total / tokens, "token_accuracy": right / tokens}
+
+
+def measure(
+    model: LaneModel, adapter: Adapter, head_key: str, task: EncodedTask, rows: NDArray[np.int64], batch_size: int
+) -> Measured:
+    """Scores an adapter on validation rows by the task's metric."""
+    if task.kind == "causal-lm":
+        return response_losses(model, adapter, task, rows, batch_size)
+    logits = predict_logits(model, adapter, head_key, task, rows, batch_size)
+    labels = np.asarray(task.validation.labels[rows])
+    return {task.metric: score(task.metric, predictions_from_logits(task.metric, logits), labels)}
+
+
 def score_state(
     model: LaneModel,
     state: ServerState,
@@ -92,7 +134,7 @@ def score_state(
     tasks: Mapping[str, EncodedTask],
     config: Config,
     max_rows: int | None,
-    known: dict[ScoreKey, float] | None = None,
+    known: dict[ScoreKey, Measured] | None = None,
 ) -> dict[str, TaskScore]:
     """Scores what every client would hold after a round.
 
@@ -111,7 +153,7 @@ def score_state(
     """
     outbox = Outbox(state, config.server_settings)
     digests: dict[int, bytes] = {}  # by identity: slots that are sent the same share one object
-    found: dict[ScoreKey, float] = {} if known is None else known
+    found: dict[ScoreKey, Measured] = {} if known is None else known
     before = dict(found)
     found.clear()
     out = {}
@@ -120,7 +162,6 @@ def score_state(
         if not held:
             continue
         rows = evaluation_rows(task, max_rows, config.federation.seed)
-        labels = np.asarray(task.validation.labels[rows])
         by_client = []
         for holding in held:
             received = outbox.of(holding.key)
@@ -131,10 +172,12 @@ def score_state(
                 found[key] = before[key]
             if key not in found:
                 adapter = with_head(received, state.initial, holding.head_key)
-                logits = predict_logits(model, adapter, holding.head_key, task, rows, config.evaluation.batch_size)
-                found[key] = score(task.metric, predictions_from_logits(task.metric, logits), labels)
+                batch_size = config.evaluation.batch_size
+                found[key] = measure(model, adapter, holding.head_key, task, rows, batch_size)
             by_client.append(found[key])
-        out[name] = TaskScore(task.metric, float(np.mean(by_client)), min(by_client), len(rows))
+        means = {metric: float(np.mean([own[metric] for own in by_client])) for metric in by_client[0]}
+        lowest = worst(task.metric, [own[task.metric] for own in by_client])
+        out[name] = TaskScore(task.metric, means.pop(task.metric), lowest, len(rows), means)
     return out
 
 
@@ -148,9 +191,9 @@ def digest(adapter: Adapter) -> bytes:
 
 
 def with_head(received: Adapter, initial: Adapter, head_key: str) -> dict[str, NDArray[np.float32]]:
-    """The received body with one head, v0's where the received adapter has none of that key."""
+    """The received body with one head (none for an empty key), v0's where the received adapter has none of that key."""
     body = {name: tensor for name, tensor in received.items() if not name.startswith(HEAD)}
-    for part in ("weight", "bias"):
+    for part in ("weight", "bias") if head_key else ():
         name = f"{HEAD}{head_key}.{part}"
         body[name] = received[name] if name in received else initial[name]
     return body

@@ -201,3 +201,21 @@ def test_foreign_and_damaged_folders_are_named(tmp_path: Path) -> None:
         write_run(tmp_path / "mixed" / f"seed-{seed}", summary(method, seed))
     with pytest.raises(InputError, match=r"mixed: its seeds are runs of different methods: fedit, fltac"):
         load_results([tmp_path / "mixed"])
+
+
+def test_of_losses_the_lowest_is_best(tmp_path: Path) -> None:
+    def loss(method: str, value: float) -> Path:
+        task = {"metric": "loss", "score": value, "worst_client": value + 1, "n_eval": 9, "perplexity": 8.0}
+        tree = summary(method, tasks={"open-qa": task}, mean_score=value, baselines={"majority": {}})
+        return write_run(tmp_path / method, tree)
+
+    results = load_results([loss("zero", 4.0), loss("fedit", 2.5), loss("fltac", 2.25)])
+    table = comparison_table(results)
+    rows = rows_of(table)
+    assert rows[0][:3] == ["method", "open-qa (loss)", "mean"]
+    assert [row[:3] for row in rows[1:]] == [
+        ["zero", "4.000", "4.000"],
+        ["fedit", "2.500", "2.500"],
+        ["fltac", "**2.250**", "**2.250**"],
+    ]
+    assert "lower is better" in table

@@ -44,6 +44,25 @@ def test_summary_table() -> None:
     assert cells(summary_table(whole))[-1] == ["mean", "", "0.500", "", "0.250"]
 
 
+def test_summary_table_of_answers() -> None:
+    """A language model's evaluation; the second task's prompts were not answered."""
+    task = {"metric": "loss", "score": 3.0, "worst_client": 3.5, "n_eval": 8}
+    record = {
+        "tasks": {"one": task, "other": task},
+        "mean_score": 3.0,
+        "baselines": {"majority": {}},
+        "generation": {"tasks": {"one": {"rouge_l": 0.25, "token_f1": 0.5, "n": 4}}},
+    }
+    assert cells(summary_table(record)) == [
+        ["task", "metric", "score", "worst client", "majority", "ROUGE-L", "token F1"],
+        ["one", "loss", "3.000", "3.500", "-", "0.250", "0.500"],
+        ["other", "loss", "3.000", "3.500", "-", "-", "-"],
+        ["mean", "", "3.000", "", "-", "0.250", "0.500"],
+    ]
+    judged = cells(summary_table({**record, "judge": {"model": "m", "tasks": {"one": 0.75}}}))
+    assert [row[-1] for row in judged] == ["judge", "0.750", "-", "0.750"]
+
+
 def test_partition_table() -> None:
     assert cells(partition_table(COUNTS, ["sst2", "rte"])) == [
         ["client", "sst2", "rte", "rows"],

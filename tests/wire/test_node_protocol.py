@@ -115,7 +115,7 @@ def scores(*entries: list[Any], client: Any = "a") -> bytes:
         (scores([-1, 0.5, 1]), "slot is '-1'; expected a whole number from 0"),
         (scores([0, "0.5", 1]), "slot 0: score is '0.5'; expected a finite number"),
         (message("scores", b'{"client":"a","slots":[[0,NaN,1]]}'), "slot 0: score is nan"),
-        (scores([0, 1.5, 1]), "slot 0: score is 1.5; allowed are -1 to 1"),
+        (scores([0, -1.5, 1]), "slot 0: score is -1.5; allowed are -1 to 100"),
         (scores([0, 0.5, 0]), "slot 0: rows is '0'"),
         (hello(backbone="A" * 64), "hello of client 'hospital-a': backbone is"),
         (hello(tokenizer=None), "tokenizer is 'None'; expected 64 hexadecimal digits"),

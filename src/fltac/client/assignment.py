@@ -108,11 +108,16 @@ def assignment_rows(local: LocalTask, config: Config, round_number: int, client:
 
 @torch.no_grad()
 def row_losses(model: LaneModel, local: LocalTask, rows: Rows, batch_size: int) -> Losses:
-    """The loss of the loaded adapter on each of some training rows: cross entropy, or squared error: ``[rows]``."""
+    """The loss of the loaded adapter on each of some training rows: cross entropy (of a language
+    model the mean over the response), or squared error: ``[rows]``."""
     train, out = local.task.train, []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         keys = row_keys(train, part) if model.prefix else []
+        if local.task.kind == "causal-lm":
+            sums, counts = model.predictions(model.stack([train.batch(part)]), 1, keys).row_losses()
+            out.append((sums.double() / counts).cpu().numpy())
+            continue
         features = model.features(model.stack([train.batch(part)]), 1, keys)
         logits = model.logits(features, 0, local.head_key).double()
         out.append(_each(logits, torch.from_numpy(np.asarray(train.labels[part])).to(logits.device)).cpu().numpy())

@@ -1,6 +1,6 @@
 """One client: its slots, the trainings that a request asks for, and the reply."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -18,7 +18,7 @@ from fltac.seeding import derive, generator
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One task of a client: its rows of the task's training split, its head and its steps in a round.
+    """One task of a client: its rows of the task's training split, its head (empty: none) and its steps in a round.
 
     ``held`` are rows of that split that are not trained on, to score adapters.
     """
@@ -36,6 +36,11 @@ class Client:
 
     id: str
     slots: Mapping[int, tuple[LocalTask, ...]]
+
+
+def head_shapes(tasks: Iterable[LocalTask], hidden: int) -> dict[str, tuple[int, int]]:
+    """The heads that some local tasks use: key to (outputs, hidden); nothing for a task without a head."""
+    return {local.head_key: (local.task.outputs, hidden) for local in tasks if local.head_key}
 
 
 def local_steps(config: TrainingConfig, rows: int) -> int:
@@ -68,8 +73,8 @@ def start_adapter(request: Request, slot: int, heads: Sequence[str], initial: Ad
     Args:
         request: From the server.
         slot: The slot.
-        heads: The head keys that its tasks use; other heads are left out. A head that the cluster's adapter lacks
-            is taken from v0, and so are factors that it lacks since they are never trained.
+        heads: The head keys that its tasks use, empty ones for tasks without; other heads are left out. A head that
+            the cluster's adapter lacks is taken from v0, and so are factors that it lacks since they are never trained.
         initial: v0, from this request or kept from an earlier one.
     """
     cluster = request.slots.get(slot)
@@ -77,7 +82,7 @@ def start_adapter(request: Request, slot: int, heads: Sequence[str], initial: Ad
     if cluster is not None:
         constant = {name: tensor for name, tensor in initial.items() if not is_head(name) and name not in received}
         received = {**received, **constant}
-    names = [f"{HEAD}{key}.{part}" for key in sorted(set(heads)) for part in ("weight", "bias")]
+    names = [f"{HEAD}{key}.{part}" for key in sorted(set(heads) - {""}) for part in ("weight", "bias")]
     body = {name: tensor for name, tensor in received.items() if not name.startswith(HEAD)}
     return body | {name: received[name] if name in received else initial[name] for name in names}
 
@@ -108,6 +113,7 @@ def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64
     if config.loss == "plain":
         return None
     labels = local.task.train.labels[local.rows]
+    assert local.task.outputs, "a task without classes has the plain loss alone"
     if np.issubdtype(labels.dtype, np.floating):
         return None
     counts = np.bincount(labels.astype(np.int64), minlength=local.task.outputs) + 1.0

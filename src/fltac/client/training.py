@@ -221,15 +221,20 @@ def train_pool(
 
 
 def lane_losses(model: LaneModel, steps: Sequence[Step], loss: Loss = "plain") -> Tensor:
-    """Each lane's mean loss on its batch: ``[lanes]``."""
+    """Each lane's mean loss on its batch: ``[lanes]``; of a causal language model the mean over response tokens."""
     lengths = [step.length for step in steps]
     longest = None if model.packs else max(lengths)
     batch = model.stack([_inputs(step, longest) for step in steps])
-    model.lanes.lengths = lengths if steps[0].task.kind == "text" else ()
+    model.lanes.lengths = lengths if steps[0].task.kind != "image" else ()
     # What the frozen layers make of a row is kept for the row, not for a view of it.
     kept = model.prefix is not None and all(step.views is None for step in steps)
     keys = [key for step in steps for key in row_keys(step.task.train, step.rows)] if kept else []
-    features = torch.split(model.features(batch, len(steps), keys), [len(step.rows) for step in steps])
+    sizes = [len(step.rows) for step in steps]
+    if steps[0].task.kind == "causal-lm":
+        sums, counts = model.predictions(batch, len(steps), keys).row_losses()
+        each = zip(torch.split(sums, sizes), torch.split(counts, sizes), strict=True)
+        return torch.stack([own.sum() / count.sum() for own, count in each])
+    features = torch.split(model.features(batch, len(steps), keys), sizes)
     losses = []
     for lane, step in enumerate(steps):
         logits = model.logits(features[lane], lane, step.head_key)

@@ -2,7 +2,7 @@
 
 from fltac.config.aggregation import AggregationConfig
 from fltac.config.clustering import ClusteringConfig
-from fltac.config.loading import load_config, parse_override, read_yaml, to_yaml
+from fltac.config.loading import evaluation_settings, load_config, parse_override, read_yaml, to_yaml
 from fltac.config.presets import PRESETS
 from fltac.config.sections import (
     BackboneConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "TaskConfig",
     "TrainingConfig",
     "WireConfig",
+    "evaluation_settings",
     "load_config",
     "parse_override",
     "read_yaml",

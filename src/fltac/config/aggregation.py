@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fltac.config.section import Section
+from fltac.config.base import Section
 
 MIXING = ("hetlora", "flexlora", "flora")
 """Rules that can average adapters of different ranks."""

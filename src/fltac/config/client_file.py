@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
+from fltac.config.base import Positive, Section
 from fltac.config.loading import read_yaml, validated
-from fltac.config.section import Positive, Section
 from fltac.config.sections import Config, Device, TaskConfig
 from fltac.errors import InputError
 from fltac.paths import BUILTIN, PACKAGE, expand

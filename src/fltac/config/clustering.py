@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fltac.config.section import Positive, Section
+from fltac.config.base import Positive, Section
 
 COUNTING = ("cfl", "fedlease")
 """Rules that find K by themselves where it is not given; the others take the number of tasks."""

@@ -7,14 +7,15 @@ the file, the preset of a ``method=`` override, the file's ``methods.<method>`` 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeGuard, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fltac.config.base import Section
 from fltac.config.presets import PRESETS, Tree, merge
-from fltac.config.section import Section
-from fltac.config.sections import Config
+from fltac.config.sections import Config, EvaluationConfig
 from fltac.errors import InputError
 
 S = TypeVar("S", bound=Section)
@@ -126,6 +127,25 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
+def evaluation_settings(config: Config, overrides: Sequence[str]) -> EvaluationConfig:
+    """A run's ``evaluation`` section with ``evaluation.key=value`` overrides: what may change after a run.
+
+    Raises:
+        InputError: an override is of another section, or wrong.
+    """
+    tree: Tree = {"evaluation": config.evaluation.model_dump(mode="json")}
+    for text in overrides:
+        parsed = parse_override(text)
+        if set(parsed) != {"evaluation"}:
+            raise InputError(
+                f"override {text!r}: a run's settings are fixed; allowed are those of evaluation, "
+                "such as evaluation.generation.max_rows=8"
+            )
+        tree = merge(tree, parsed)
+    whole = {**config.model_dump(mode="json", exclude={"methods"}), **tree}
+    return validated(Config, whole).evaluation
+
+
 def _preset(method: Any) -> Tree:
     if not isinstance(method, str) or method not in PRESETS:
         near = difflib.get_close_matches(str(method), PRESETS, 1)
@@ -179,12 +199,18 @@ def _refuse_unknown(tree: Any, section: type[BaseModel], path: str) -> None:
             near = difflib.get_close_matches(str(key), section.model_fields, 1)
             hint = f"did you mean {path}{near[0]}?" if near else f"allowed are {', '.join(section.model_fields)}"
             raise InputError(f"{where}: unknown key; {hint}")
-        kind = field.annotation
+        kind = _without_none(field.annotation)
         if _is_section(kind):
             _refuse_unknown(value, kind, f"{where}.")
         elif get_origin(kind) is dict and _is_section(get_args(kind)[1]) and isinstance(value, Mapping):
             for name, one in value.items():
                 _refuse_unknown(one, get_args(kind)[1], f"{where}.{name}.")
+
+
+def _without_none(kind: Any) -> Any:
+    """The section of a setting that may be null; any other type as it is."""
+    sections = [part for part in get_args(kind) if _is_section(part)]
+    return sections[0] if len(sections) == 1 and get_origin(kind) is UnionType else kind
 
 
 def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fltac.config.aggregation import AggregationConfig, aggregation_fault
+from fltac.config.answers import GenerationConfig, JudgeConfig
+from fltac.config.base import Positive, Section, Share
 from fltac.config.clustering import COUNTING, ClusteringConfig, clustering_fault
-from fltac.config.section import Positive, Section
-
-Share = Annotated[float, Field(gt=0, le=1)]
-
+from fltac.config.metrics import Metric
 
 ClientSkew = Literal["none", "labels", "length"]
 Loss = Literal["plain", "logit-adjusted", "balanced"]
@@ -30,6 +29,8 @@ class BackboneConfig(Section):
     pooler. ``auto``: ``cls`` for images, else ``mean``."""
     max_length: Positive = 128
     """Text is cut after this many tokens; cut rows are counted."""
+    kind: Literal["auto", "text", "image", "causal-lm"] = "auto"
+    """What it is used for, where a coordinator without tasks of its own cannot read that from them."""
     device: Device = "auto"
 
 
@@ -38,8 +39,9 @@ class TaskConfig(Section):
 
     preset: str | None = None
     """Name of a preset (sst2, mrpc, qqp, qnli, rte, cola, mnli, stsb, cifar10, cifar10-animal, cifar10-rotation,
-    cifar100, digits-...)."""
-    kind: Literal["text", "image"] | None = None
+    cifar100, digits-..., dolly-...)."""
+    kind: Literal["text", "image", "causal-lm"] | None = None
+    """``causal-lm``: a language model learns to answer; it has no head, and the loss is on the response alone."""
     hub: str | None = None
     """Hub id of a data set; ``subset`` is its configuration."""
     subset: str | None = None
@@ -53,7 +55,16 @@ class TaskConfig(Section):
     validation_path: str | None = None
     """File with the validation rows, where they lie apart."""
     columns: list[str] | None = None
-    """One or two text columns, or one image column."""
+    """One or two text columns, one image column, or (``causal-lm``) instruction, perhaps context, and response."""
+    filter: dict[str, str] | None = None
+    """Only rows that hold these values, by column: ``{category: open_qa}``."""
+    template: Literal["alpaca", "chat"] | None = None
+    """``causal-lm``: how instruction and context become a prompt. ``alpaca``: headed sections; ``chat``: the
+    tokenizer's own chat template. Default: alpaca."""
+    prompt_cut: Literal["left", "right"] | None = None
+    """``causal-lm``: where instruction and context of a row that is too long lose tokens. Default: right."""
+    long_response: Literal["drop", "cut"] | None = None
+    """``causal-lm``: what happens to a row whose response does not fit by itself. Default: drop."""
     label: str | None = None
     """Label column."""
     labels: list[str] | None = None
@@ -67,8 +78,8 @@ class TaskConfig(Section):
     mirror: bool | None = None
     """Whether a mirrored image has the same label, so that ``training.augment`` may mirror it; default: yes, but with
     ``transform``."""
-    metric: Literal["accuracy", "f1", "matthews", "pearson"] | None = None
-    """``pearson`` makes the task a regression with one output."""
+    metric: Metric | None = None
+    """``pearson`` makes the task a regression with one output; ``loss`` is that of ``causal-lm`` tasks."""
     max_rows: Positive | None = None
     """Use the first so many rows of the seeded order of the training rows."""
     max_validation_rows: Positive | None = None
@@ -249,6 +260,16 @@ class EvaluationConfig(Section):
     """Validation rows of a task scored during the run (a fixed seeded subset); all of them at the end, except by the
     nodes of a federation, whose time is their owners'."""
     batch_size: Positive = 64
+    generation: GenerationConfig | None = None
+    """Of causal language models: what ``fltac evaluate`` has them write; nothing by default."""
+    judge: JudgeConfig | None = None
+    """Who judges it; nobody by default."""
+
+    @model_validator(mode="after")
+    def _something_to_judge(self) -> "EvaluationConfig":
+        if self.judge is not None and self.generation is None:
+            raise ValueError("judge needs generation: there is nothing to judge otherwise (`generation: {}` will do)")
+        return self
 
 
 class OutputConfig(Section):

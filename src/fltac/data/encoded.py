@@ -1,8 +1,9 @@
 """Tasks ready for training: every row encoded once, cached by a fingerprint, memory-mapped."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from fltac.config import BackboneConfig, Config
 from fltac.data.image import image_encoder
+from fltac.data.instruct import instruct_encoder
 from fltac.data.labels import LabelArray
 from fltac.data.loading import RawSplit, load_rows
 from fltac.data.metrics import score
@@ -54,7 +56,10 @@ class Encoder(Protocol):
         ...
 
     def encode(self, split: RawSplit) -> Iterator[pa.RecordBatch]:
-        """Record batches with a column ``label``, and ``truncated`` in their metadata."""
+        """Record batches with a column ``label``, and ``truncated`` in their metadata.
+
+        Where rows are left out, a column ``kept`` says which are not, and ``counts`` in the metadata why.
+        """
         ...
 
     def reader(self, stored: Stored) -> Reader:
@@ -65,6 +70,7 @@ class Encoder(Protocol):
 ENCODERS: dict[Kind, Callable[[BackboneConfig, str, ResolvedTask], Encoder]] = {
     "text": text_encoder,
     "image": image_encoder,
+    "causal-lm": instruct_encoder,
 }
 """The one place where a kind of task meets its code; another kind joins here."""
 
@@ -75,10 +81,12 @@ class Split:
 
     Attributes:
         lengths: ``[n]`` tokens of each row; 1 for images.
-        labels: ``[n]`` int64 class numbers, or float32 for a regression.
+        labels: ``[n]`` int64 class numbers, or float32 for a regression; zeros where rows have no class.
         truncated: Rows that were cut at the greatest length.
         fingerprint: SHA-256 of the rows, their labels and how they were encoded.
         reader: Makes batches.
+        raw_rows: ``[n]`` which of the task's chosen rows they are; None where none was left out.
+        counts: Rows that were cut or left out, by the reason; empty where ``truncated`` says all.
     """
 
     lengths: NDArray[np.int64]
@@ -86,6 +94,8 @@ class Split:
     truncated: int
     fingerprint: str
     reader: Reader
+    raw_rows: NDArray[np.int64] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,8 +109,8 @@ class Split:
 
         Returns:
             Text: ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``,
-            int64 ``[b, length]``, padded on the right. Images: ``pixel_values`` float32
-            ``[b, 3, height, width]``.
+            int64 ``[b, length]``, padded on the right; for a causal-lm task also ``labels``. Images:
+            ``pixel_values`` float32 ``[b, 3, height, width]``.
 
         Raises:
             ValueError: ``pad_to`` is less than the longest row.
@@ -115,7 +125,7 @@ class EncodedTask:
     Attributes:
         name: As in the config.
         kind: What a row holds.
-        outputs: Outputs of its head: the number of classes, or 1 for a regression.
+        outputs: Outputs of its head: the number of classes, or 1 for a regression; 0 where it has no head.
         metric: What it is scored by.
         train: Training rows, of all clients together.
         validation: Rows that it is scored on.
@@ -135,6 +145,11 @@ class EncodedTask:
     encoder: str
     max_length: int | None = None
     mirror: bool = True
+
+    @property
+    def head_key(self) -> str:
+        """What its head is known by where nobody is told the tasks: the number of outputs; empty without a head."""
+        return str(self.outputs) if self.outputs else ""
 
 
 def load_tasks(config: Config, backbone_folder: str) -> dict[str, EncodedTask]:
@@ -181,7 +196,7 @@ def encoder_fingerprint(config: BackboneConfig, backbone_folder: str, kind: Kind
     Raises:
         InputError: the backbone has no tokenizer or image settings.
     """
-    columns = ("text",) if kind == "text" else ("image",)
+    columns = {"text": ("text",), "image": ("image",), "causal-lm": ("instruction", "response")}[kind]
     anybody = ResolvedTask(
         name="of a data owner",
         kind=kind,
@@ -209,7 +224,14 @@ def encode_split(split: RawSplit, encoder: Encoder) -> Split:
     stored = open_or_encode(name, len(split.rows), lambda: encoder.encode(split))
     reader = encoder.reader(stored)
     labels = np.concatenate([batch.column("label").to_numpy() for batch in stored.batches])
-    return Split(reader.lengths, labels, int(stored.facts["truncated"]), name, reader)
+    kept = None
+    if "kept" in stored.batches[0].schema.names:
+        kept = np.flatnonzero(
+            np.concatenate([batch.column("kept").to_numpy(zero_copy_only=False) for batch in stored.batches])
+        )
+        labels = labels[kept]
+    counts = json.loads(stored.facts.get("counts", "{}"))
+    return Split(reader.lengths, labels, int(stored.facts["truncated"]), name, reader, kept, counts)
 
 
 def fingerprint(split: RawSplit, encoder: Encoder) -> str:
@@ -223,8 +245,13 @@ def fingerprint(split: RawSplit, encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def majority_score(task: EncodedTask) -> float:
-    """The validation score of always answering the training rows' most frequent class, or their mean."""
+def majority_score(task: EncodedTask) -> float | None:
+    """The validation score of always answering the training rows' most frequent class, or their mean.
+
+    None where rows have no classes.
+    """
+    if task.outputs == 0:
+        return None
     if task.metric == "pearson":
         answer: NDArray[Any] = np.full(len(task.validation), np.mean(task.train.labels))
     else:

@@ -78,12 +78,19 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
     found = {task.train_split: training}
     if validation is not None:
         found[name] = validation
+    places = {split: _matching(task, split, data) for split, data in found.items()}
+    # A fixed function of split and row, whatever is filtered.
+    turns = {split: quarter_turns(split, len(data))[places[split]] for split, data in found.items()}
+    found = {
+        split: data if len(places[split]) == len(data) else data.select(places[split]) for split, data in found.items()
+    }
     for split, data in found.items():
-        _check_columns(task, split, data)
-    turns = {split: quarter_turns(split, len(data)) for split, data in found.items()} if task.transform else {}
-    labels = turn_labels(turns) if turns else _read_labels(task, found)
+        _check_columns(task, split, data, places[split])
+    labels = turn_labels(turns) if task.transform else _labels(task, found)
     if task.classes is not None:
         labels = grouped(task, labels)
+    training = found[task.train_split]
+    validation = None if validation is None else found[name]
     train_rows, held_out = choose_rows(task, len(training), validation is None, seed)
     validation_rows = held_out if validation is None else np.arange(len(validation))
     if task.max_validation_rows is not None:
@@ -95,17 +102,10 @@ def load_rows(task: ResolvedTask, seed: int) -> RawTask:
         whole = len(rows) == len(data)
         chosen = data if whole else data.select(rows)
         path = task.validation_path if split != task.train_split and task.validation_path else task.path
-        own = turns[split][rows] if turns else None
-        return RawSplit(task, split, chosen, labels.values[split][rows], rows, _folder(path), own)
+        own = turns[split][rows] if task.transform else None
+        return RawSplit(task, split, chosen, labels.values[split][rows], places[split][rows], _folder(path), own)
 
     return RawTask(task, raw(task.train_split, train_rows), raw(name, validation_rows), labels.names, labels.outputs)
-
-
-def _read_labels(task: ResolvedTask, found: Mapping[str, Dataset]) -> Labels:
-    columns = {
-        split: LabelColumn.of(_column(data, task.label), data.features[task.label]) for split, data in found.items()
-    }
-    return read_labels(task, columns)
 
 
 def choose_rows(
@@ -138,8 +138,7 @@ def open_splits(task: ResolvedTask) -> dict[str, Loader]:
     if task.builtin is not None:
         return {"train": lambda: _builtin(task.builtin or "")}
     if task.path is not None:
-        text_columns = task.columns if task.kind == "text" else ()
-        return local_splits(Path(task.path), task.path_key, task.train_split, text_columns)
+        return local_splits(Path(task.path), task.path_key, task.train_split, _text_columns(task))
     try:
         with quiet_datasets():
             found = datasets.load_dataset(task.hub, task.subset)
@@ -174,8 +173,7 @@ def _validation(task: ResolvedTask, splits: Mapping[str, Loader]) -> tuple[str, 
     """The validation split's name and rows; the training split's name and None where rows are held out."""
     if task.validation_path is not None:
         key, name = task.key("validation_path"), "validation" if task.train_split != "validation" else "rest"
-        text_columns = task.columns if task.kind == "text" else ()
-        found = local_splits(Path(task.validation_path), key, name, text_columns)
+        found = local_splits(Path(task.validation_path), key, name, _text_columns(task))
         if name not in found:
             raise InputError(f"{key}: {task.validation_path!r} has the splits {', '.join(found)}, but no {name}")
         return name, _filled(task, name, found[name]())
@@ -205,21 +203,60 @@ def _filled(task: ResolvedTask, name: str, data: Dataset) -> Dataset:
     return data
 
 
-def _check_columns(task: ResolvedTask, split: str, data: Dataset) -> None:
-    needed = [(column, "columns") for column in task.columns]
-    for column, field in needed if task.transform else [*needed, (task.label, "label")]:
+def _text_columns(task: ResolvedTask) -> tuple[str, ...]:
+    return () if task.kind == "image" else (*task.columns, *task.filter)
+
+
+def _matching(task: ResolvedTask, split: str, data: Dataset) -> NDArray[np.int64]:
+    """Numbers of the rows that the task's filter leaves."""
+    chosen = np.ones(len(data), dtype=bool)
+    for name, value in task.filter.items():
+        if name not in data.column_names:
+            raise InputError(
+                f"{task.key('filter')}: the {split} split of {task.source!r} has no column {name!r}; "
+                f"it has {', '.join(data.column_names)}"
+            )
+        feature, stored = data.features[name], _column(data, name).to_pylist()
+        texts = [feature.int2str(item) for item in stored] if isinstance(feature, ClassLabel) else map(str, stored)
+        same = np.array([text == value for text in texts], dtype=bool)
+        if not same.any():
+            raise InputError(
+                f"{task.key('filter')}: no row of the {split} split of {task.source!r} has {value!r} in column {name!r}"
+            )
+        chosen &= same
+    if not chosen.any():
+        raise InputError(f"{task.key('filter')}: no row of the {split} split of {task.source!r} has all of its values")
+    return np.flatnonzero(chosen)
+
+
+def _labels(task: ResolvedTask, found: Mapping[str, Dataset]) -> Labels:
+    """The label columns as numbers; a causal-lm task has one class and a head without outputs."""
+    if task.kind == "causal-lm":
+        return Labels({split: np.zeros(len(data), dtype=np.int64) for split, data in found.items()}, None, 0)
+    columns = {
+        split: LabelColumn.of(_column(data, task.label), data.features[task.label]) for split, data in found.items()
+    }
+    return read_labels(task, columns)
+
+
+def _check_columns(task: ResolvedTask, split: str, data: Dataset, places: NDArray[np.int64]) -> None:
+    labels = [(task.label, "label")] if task.label and not task.transform else []
+    for column, field in [*((column, "columns") for column in task.columns), *labels]:
         if column not in data.column_names:
             raise InputError(
                 f"{task.key(field)}: the {split} split of {task.source!r} has no column {column!r}; "
                 f"it has {', '.join(data.column_names)}"
             )
-    for name in task.columns if task.kind == "text" else ():
+    for name in () if task.kind == "image" else task.columns:
         values = _column(data, name)
+        if task.kind == "causal-lm" and pa.types.is_null(values.type):
+            continue  # a file in which no row has a context
         if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
             kind = "class numbers" if isinstance(data.features[name], ClassLabel) else values.type
             raise InputError(f"{task.key('columns')}: column {name!r} of the {split} split holds {kind}, not text")
-        if values.null_count:
-            row = int(np.flatnonzero(values.is_null().to_numpy())[0])
+        # A row without context is usual, and one without a response is left out and counted when it is encoded.
+        if values.null_count and (task.kind == "text" or name == task.columns[0]):
+            row = int(places[np.flatnonzero(values.is_null().to_numpy())[0]])
             raise InputError(f"{task.key('columns')}: {split} row {row} has no text in column {name!r}")
 
 

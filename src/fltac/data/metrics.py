@@ -1,4 +1,7 @@
-"""Scores of a task's predictions: accuracy, F1 and Matthews by scikit-learn, Pearson by SciPy."""
+"""Scores of a task's predictions: accuracy, F1 and Matthews by scikit-learn, Pearson by SciPy.
+
+The metric ``loss`` of language models is made of token losses, not of predictions: see ``fltac.evaluation``.
+"""
 
 from collections.abc import Callable
 from typing import Any

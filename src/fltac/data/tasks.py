@@ -1,22 +1,27 @@
-"""Tasks by name: presets for GLUE, CIFAR and the built-in digits, and what a config's task comes to.
+"""Tasks by name: presets for GLUE, CIFAR, Dolly and the built-in digits, and what a config's task comes to.
 
 GLUE: arXiv 1804.07461. The paper (arXiv 2404.15384) scores SST-2, MRPC, QQP, QNLI, RTE and CIFAR by accuracy.
 """
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fltac.config import TaskConfig
+from fltac.config.metrics import Metric
 from fltac.errors import InputError
 from fltac.paths import BUILTIN, expand, resolve
 
-Kind = Literal["text", "image"]
-Metric = Literal["accuracy", "f1", "matthews", "pearson"]
+Kind = Literal["text", "image", "causal-lm"]
 Transform = Literal["rotate4"]
 
 GLUE = "nyu-mll/glue"
+DOLLY = "databricks/databricks-dolly-15k"
+DOLLY_HELD_OUT = 0.1
+FOLDERS = {DOLLY: "dolly"}
+"""Names of data sets' folders below ``data_root``, where that is not the last part of the hub id."""
 DIGITS = "builtin:digits"
 
 
@@ -64,6 +69,17 @@ CIFAR10_GROUPS: dict[str, list[str | int]] = {
 }
 
 
+def _dolly(category: str) -> TaskConfig:
+    return TaskConfig(
+        kind="causal-lm",
+        hub=DOLLY,
+        filter={"category": category},
+        columns=["instruction", "context", "response"],
+        validation=DOLLY_HELD_OUT,
+        metric="loss",
+    )
+
+
 TASK_PRESETS: dict[str, TaskConfig] = {
     "sst2": _glue("sst2", ["sentence"]),
     "mrpc": _glue("mrpc", ["sentence1", "sentence2"]),
@@ -77,12 +93,29 @@ TASK_PRESETS: dict[str, TaskConfig] = {
     "cifar10-animal": _cifar("cifar10", "label", classes=CIFAR10_GROUPS),
     "cifar10-rotation": _cifar("cifar10", None, transform="rotate4"),
     "cifar100": _cifar("cifar100", "fine_label"),
+    "dolly-brainstorming": _dolly("brainstorming"),
+    "dolly-classification": _dolly("classification"),
+    "dolly-closed-qa": _dolly("closed_qa"),
+    "dolly-creative-writing": _dolly("creative_writing"),
+    "dolly-general-qa": _dolly("general_qa"),
+    "dolly-information-extraction": _dolly("information_extraction"),
+    "dolly-open-qa": _dolly("open_qa"),
+    "dolly-summarization": _dolly("summarization"),
     "digits-parity": _digits(),
     "digits-high": _digits(),
     "digits-loop": _digits(),
     "digits-three": _digits(),
 }
 """Settings that a task of this name gets where its config says nothing else."""
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a row of a causal-lm task becomes tokens; the fields are those of ``TaskConfig``."""
+
+    template: Literal["alpaca", "chat"] = "alpaca"
+    prompt_cut: Literal["left", "right"] = "right"
+    long_response: Literal["drop", "cut"] = "drop"
 
 
 @dataclass(frozen=True)
@@ -101,8 +134,8 @@ class ResolvedTask:
         validation_path: File or image folder with the validation rows, expanded.
         validation: Share of the training rows held out for validation; None to hold out only where the data
             has no validation split.
-        columns: One or two text columns, or one image column.
-        label: Label column.
+        columns: One or two text columns, one image column, or instruction, perhaps context, and response.
+        label: Label column; empty for a causal-lm task.
         labels: Class names in the order of their numbers; None to take them from the data.
         classes: Groups of the label column's classes that become the task's classes; None to keep those.
         transform: What is done to every row and makes its label; None to read the label column.
@@ -110,6 +143,8 @@ class ResolvedTask:
         metric: Pearson makes the task a regression.
         max_rows: Training rows to use at most.
         max_validation_rows: Validation rows to use at most.
+        filter: Column to the value that a row must hold to be used.
+        prompting: Of a causal-lm task.
     """
 
     name: str
@@ -132,6 +167,8 @@ class ResolvedTask:
     transform: Transform | None = None
     mirror: bool = True
     max_validation_rows: int | None = None
+    filter: Mapping[str, str] = field(default_factory=dict)
+    prompting: Prompting = Prompting()
 
     @property
     def regression(self) -> bool:
@@ -173,7 +210,7 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
     elif path is not None:
         path = resolve(path, path_key)
     elif data_root is not None and task.preset is not None and task.hub is None and hub is not None:
-        inside = "/".join(part for part in (hub.split("/")[-1], merged.subset) if part)
+        inside = "/".join(part for part in (FOLDERS.get(hub, hub.split("/")[-1]), merged.subset) if part)
         folder = Path(expand(data_root, "data_root")) / inside
         if not folder.is_dir():
             raise InputError(f"data_root: {data_root!r} has no folder {inside}, which the task {name} needs")
@@ -200,12 +237,14 @@ def resolve_task(name: str, task: TaskConfig, data_root: str | None) -> Resolved
         columns=columns,
         label=label,
         labels=tuple(merged.labels) if merged.labels else None,
-        metric=merged.metric or "accuracy",
+        metric=merged.metric or ("loss" if kind == "causal-lm" else "accuracy"),
         max_rows=merged.max_rows,
         classes=_groups(name, merged) if merged.classes is not None else None,
         transform=merged.transform,
         mirror=merged.transform is None if merged.mirror is None else merged.mirror,
         max_validation_rows=merged.max_validation_rows,
+        filter=merged.filter or {},
+        prompting=_prompting(name, kind, merged),
     )
 
 
@@ -275,7 +314,12 @@ def _merged(name: str, task: TaskConfig) -> TaskConfig:
 def _shape(name: str, task: TaskConfig) -> tuple[Kind, tuple[str, ...], str]:
     """Kind, columns and label; an image task's are ``image`` and ``label`` unless the config says so."""
     if task.kind is None:
-        raise InputError(f"tasks.{name}.kind: not given; allowed are text, image")
+        raise InputError(f"tasks.{name}.kind: not given; allowed are text, image, causal-lm")
+    if (task.kind == "causal-lm") != (task.metric == "loss") and task.metric is not None:
+        allowed = "loss" if task.kind == "causal-lm" else "accuracy, f1, matthews, pearson"
+        raise InputError(f"tasks.{name}.metric: got {task.metric!r}; allowed for a {task.kind} task is {allowed}")
+    if task.kind == "causal-lm":
+        return task.kind, _instruction_columns(name, task), ""
     if task.kind == "image":
         columns = task.columns or ["image"]
         if len(columns) != 1:
@@ -291,3 +335,25 @@ def _shape(name: str, task: TaskConfig) -> tuple[Kind, tuple[str, ...], str]:
     if task.label is None:
         raise InputError(f"tasks.{name}.label: not given; a text task needs its label column")
     return task.kind, tuple(task.columns), task.label
+
+
+def _instruction_columns(name: str, task: TaskConfig) -> tuple[str, ...]:
+    columns = task.columns or []
+    if not 2 <= len(columns) <= 3 or len(set(columns)) < len(columns):
+        raise InputError(
+            f"tasks.{name}.columns: got {task.columns}; a causal-lm task has different columns for "
+            "[instruction, response] or [instruction, context, response]"
+        )
+    for key in ("label", "labels"):
+        if getattr(task, key) is not None:
+            raise InputError(f"tasks.{name}.{key}: got {getattr(task, key)!r}; a causal-lm task has no classes")
+    return tuple(columns)
+
+
+def _prompting(name: str, kind: Kind, task: TaskConfig) -> Prompting:
+    given = {key: getattr(task, key) for key in ("template", "prompt_cut", "long_response")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given and kind != "causal-lm":
+        key = next(iter(given))
+        raise InputError(f"tasks.{name}.{key}: got {given[key]!r}; allowed for causal-lm tasks only, this is {kind}")
+    return Prompting(**given)

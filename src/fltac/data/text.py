@@ -159,16 +159,7 @@ def text_encoder(config: BackboneConfig, folder: str, task: ResolvedTask) -> Tex
     Raises:
         InputError: there is no tokenizer, or it has neither a padding token nor an end token.
     """
-    missing = f"backbone.name: {config.name!r} has no tokenizer, needed by the text task {task.name}"
-    options = {"revision": config.revision} if config.revision else {}
-    try:
-        architecture = AutoConfig.from_pretrained(folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:  # a missing or damaged tokenizer surfaces in many ways
-        raise InputError(f"{missing} ({str(error).strip().split(chr(10))[0][:160]})") from error
-    # Where the files are missing, transformers makes a tokenizer that knows the special tokens only.
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise InputError(missing)
+    tokenizer, architecture = open_tokenizer(config, folder, task)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise InputError(
@@ -176,9 +167,36 @@ def text_encoder(config: BackboneConfig, folder: str, task: ResolvedTask) -> Tex
             f"needed by the text task {task.name}"
         )
     padding = {"input_ids": int(pad), "token_type_ids": int(tokenizer.pad_token_type_id)}
-    max_length = min(config.max_length, int(tokenizer.model_max_length), _positions(architecture, int(pad)))
-    settings = json.dumps([_tokenizer_state(tokenizer), max_length, padding], sort_keys=True)
+    max_length = longest_row(config, tokenizer, architecture, int(pad))
+    settings = json.dumps([tokenizer_state(tokenizer), max_length, padding], sort_keys=True)
     return TextEncoder(tokenizer, max_length, padding, hashlib.sha256(settings.encode()).hexdigest())
+
+
+def open_tokenizer(config: BackboneConfig, folder: str, task: ResolvedTask) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The backbone's tokenizer and its architecture's configuration.
+
+    Raises:
+        InputError: there is no tokenizer.
+    """
+    missing = f"backbone.name: {config.name!r} has no tokenizer, needed by the {task.kind} task {task.name}"
+    options = {"revision": config.revision} if config.revision else {}
+    try:
+        architecture = AutoConfig.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # a missing or damaged tokenizer surfaces in many ways
+        raise InputError(
+            f"{missing} ({str(error).strip().split(chr(10))[0][:160]}); allowed are a local Hugging Face folder with a "
+            "tokenizer, package:<import name>/<folder>, or a hub id that can be reached"
+        ) from error
+    # Where the files are missing, transformers makes a tokenizer that knows the special tokens only.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise InputError(missing)
+    return tokenizer, architecture
+
+
+def longest_row(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase, architecture: Any, pad: int) -> int:
+    """Tokens of a row at most: as configured, but no more than the tokenizer allows and the backbone has places for."""
+    return min(config.max_length, int(tokenizer.model_max_length), _positions(architecture, pad))
 
 
 def _positions(architecture: Any, pad: int) -> int:
@@ -189,7 +207,7 @@ def _positions(architecture: Any, pad: int) -> int:
     return positions - (pad + 1 if architecture.model_type in POSITIONS_AFTER_PADDING else 0)
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything that decides on the tokens, without the folder that the tokenizer was read from."""
     if not tokenizer.is_fast:
         return f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"

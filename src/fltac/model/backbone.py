@@ -1,4 +1,4 @@
-"""Loads a pretrained encoder or vision transformer, frozen, and pools its last hidden states for a head."""
+"""Loads a pretrained model, frozen; an encoder's or vision transformer's last hidden states are pooled for a head."""
 
 import hashlib
 import inspect
@@ -10,17 +10,18 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fltac.config import BackboneConfig
 from fltac.errors import InputError
 from fltac.paths import expand
 
-Kind = Literal["text", "image"]
+Kind = Literal["text", "image", "causal-lm"]
 Pooling = Literal["mean", "cls", "pooler"]
 
-MAIN_INPUT = {"text": "input_ids", "image": "pixel_values"}
+MAIN_INPUT = {"text": "input_ids", "image": "pixel_values", "causal-lm": "input_ids"}
+AUTO_CLASSES = {"text": AutoModel, "image": AutoModel, "causal-lm": AutoModelForCausalLM}
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Backbone:
     """A frozen pretrained model.
 
     Attributes:
-        model: The base model without a classification head, in eval mode, no parameter requiring a gradient.
-        kind: What it reads.
-        pooling: What a head reads of it.
+        model: The base model without a classification head, or a causal language model with its output layer; in eval
+            mode, no parameter requiring a gradient.
+        kind: What it reads and is for.
+        pooling: What a head reads of it; a causal language model has no head.
         hidden: Width of the pooled features.
         name: As given in the config.
         folder: The local folder or hub id it was loaded from.
@@ -92,7 +94,9 @@ def load_backbone(config: BackboneConfig, kind: Kind, folder: str | None = None)
             "allowed are encoders, decoders and vision transformers"
         )
     pooling: Pooling = config.pooling if config.pooling != "auto" else ("cls" if kind == "image" else "mean")
-    model, missing = _load(folder, architecture, pooling, options, config.name)
+    if kind == "causal-lm" and config.pooling != "auto":
+        raise InputError(f"backbone.pooling: got {config.pooling!r}; allowed with causal-lm tasks is auto")
+    model, missing = _load(folder, architecture, kind, pooling, options, config.name)
     reads = model.main_input_name
     if reads != MAIN_INPUT[kind]:
         raise InputError(
@@ -123,13 +127,14 @@ def load_backbone(config: BackboneConfig, kind: Kind, folder: str | None = None)
 
 
 def _load(
-    folder: str, architecture: Any, pooling: Pooling, options: dict[str, Any], name: str
+    folder: str, architecture: Any, kind: Kind, pooling: Pooling, options: dict[str, Any], name: str
 ) -> tuple[PreTrainedModel, list[str]]:
-    model_class = AutoModel._model_mapping.get(type(architecture), None)
+    model_class = AUTO_CLASSES[kind]._model_mapping.get(type(architecture), None)
     if isinstance(model_class, tuple):
         model_class = model_class[0]
     if model_class is None:
-        raise InputError(f"backbone.name: {name!r}: transformers has no base model for {architecture.model_type!r}")
+        what = "causal language" if kind == "causal-lm" else "base"
+        raise InputError(f"backbone.name: {name!r}: transformers has no {what} model for {architecture.model_type!r}")
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     if pooling == "pooler" and not takes_pooler:
         raise InputError(f"backbone.pooling: 'pooler', but {model_class.__name__} has none; allowed are mean, cls")

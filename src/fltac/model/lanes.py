@@ -5,8 +5,8 @@ The layers look into a second, smaller matrix with a row for each lane of the pa
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fltac.model.backbone import Backbone, pooled
+from fltac.model.backbone import Backbone
+from fltac.model.causal import Predicted, predict
 from fltac.model.first_token import Cut
 from fltac.model.lora import Base, LanePass, attach, detached
-from fltac.model.packed_pass import pooled_packed
+from fltac.model.packed_pass import pooled_packed, pooled_padded
 from fltac.model.packing import PackedBatch, pack
 from fltac.model.prefix import Prefix, RowKey
 from fltac.records import BASE_A, BASE_B, HEAD, LORA_A, LORA_B, Adapter
@@ -222,8 +223,21 @@ class LaneModel:
             keys: Which rows of which splits they are, where what is known of them may be used.
 
         Returns:
-            ``[rows, hidden]``.
+            ``[rows, hidden]``; of a causal language model ``[rows, vocabulary]``, each row's mean logits.
         """
+        with self._running(batch, active, keys):
+            if isinstance(batch, PackedBatch):
+                return pooled_packed(self.backbone, batch, self.first_position or 0)
+            return pooled_padded(self.backbone, batch)
+
+    def predictions(self, batch: Batch, active: int = 1, keys: Sequence[RowKey] = ()) -> Predicted:
+        """A causal language model's predictions of the tokens that have labels; arguments as for ``features``."""
+        with self._running(batch, active, keys):
+            return predict(self.backbone, batch, self.first_position or 0)
+
+    @contextmanager
+    def _running(self, batch: Batch, active: int, keys: Sequence[RowKey]) -> Iterator[None]:
+        """Inside, the backbone is run on this batch."""
         self.lanes.active = active
         with ExitStack() as shortcuts:
             if self.prefix is not None and self.prefix.admits(keys):
@@ -232,10 +246,8 @@ class LaneModel:
                 shortcuts.enter_context(self.cut.made(self.backbone.model))
             if isinstance(batch, PackedBatch):
                 assert self.first_position is not None, "packed rows for a backbone that is not known to take them"
-                self.lanes.packed = batch.rows
-                return pooled_packed(self.backbone, batch, self.first_position)
-            self.lanes.packed = None
-            return pooled(self.backbone, batch)
+            self.lanes.packed = batch.rows if isinstance(batch, PackedBatch) else None
+            yield
 
     def logits(self, features: Tensor, lane: int, head_key: str) -> Tensor:
         """Applies one of a lane's heads to pooled features ``[b, hidden]``; returns ``[b, outputs]``."""

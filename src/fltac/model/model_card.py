@@ -22,6 +22,7 @@ class CardFacts:
         max_length: Tokens after which texts were cut, if known.
         tasks: The tasks that it was trained for, as far as the evaluator knows: the number of clients, and the names
             of the classes in the order of the head's outputs where there are any.
+        prompt: What a causal language model was trained to answer, as an example.
     """
 
     method: str
@@ -30,6 +31,7 @@ class CardFacts:
     cluster: int
     max_length: int | None = None
     tasks: Mapping[str, tuple[int, tuple[str, ...] | None]] = field(default_factory=dict)
+    prompt: str | None = None
 
 
 def model_card(
@@ -93,11 +95,12 @@ def _pooling(backbone: Backbone) -> str:
 
 
 def _code(backbone: Backbone, native: NativeHead | None, outputs: int | None, facts: CardFacts) -> list[str]:
-    auto_class = native.auto_class if native else "AutoModel"
+    causal = backbone.kind == "causal-lm"
+    auto_class = native.auto_class if native else "AutoModelForCausalLM" if causal else "AutoModel"
     options = "base"
     if backbone.revision:
         options += f", revision={json.dumps(backbone.revision)}"
-    text = backbone.kind == "text"
+    text = backbone.kind != "image"
     code = [
         "import torch",
         "from peft import PeftModel",
@@ -114,6 +117,14 @@ def _code(backbone: Backbone, native: NativeHead | None, outputs: int | None, fa
         f"model = {auto_class}.from_pretrained({loading})",
         "model = PeftModel.from_pretrained(model, folder).eval()",
     ]
+    if causal:
+        return [
+            *code,
+            f"tokenizer = AutoTokenizer.from_pretrained({options})",
+            f'batch = tokenizer({json.dumps(facts.prompt or "A prompt.")}, return_tensors="pt")',
+            "out = model.generate(**batch, max_new_tokens=64, do_sample=False)",
+            "print(tokenizer.decode(out[0], skip_special_tokens=True))",
+        ]
     if text:
         cut = f", truncation=True, max_length={facts.max_length}" if facts.max_length else ", truncation=True"
         code += [

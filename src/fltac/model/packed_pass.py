@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fltac.model.attention import NAME, UnpackableError, attending
 from fltac.model.backbone import Backbone, at_least_float32, pooled
+from fltac.model.causal import predict
 from fltac.model.packing import PackedBatch, PackedRows, pack
 
 TOLERANCE = 1e-3
@@ -25,12 +26,20 @@ def pooled_packed(backbone: Backbone, batch: PackedBatch, first_position: int) -
         first_position: That number.
 
     Returns:
-        float ``[rows, hidden]`` in float32, or float64 where the backbone is.
+        float ``[rows, hidden]`` in float32, or float64 where the backbone is; for a causal language model
+        ``[rows, vocabulary]``, the mean logits.
     """
+    if backbone.kind == "causal-lm":
+        return predict(backbone, batch, first_position).row_means()
     positions = (batch.rows.positions + first_position).unsqueeze(0)
     with attending(batch.rows):
         out = backbone.model(**batch.inputs, position_ids=positions)
     return pool(out.last_hidden_state[0], batch.rows, backbone)
+
+
+def pooled_padded(backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
+    """The same of padded rows."""
+    return predict(backbone, batch).row_means() if backbone.kind == "causal-lm" else pooled(backbone, batch)
 
 
 def pool(states: Tensor, rows: PackedRows, backbone: Backbone) -> Tensor:
@@ -57,12 +66,12 @@ def first_position(backbone: Backbone, batch: Mapping[str, NDArray[Any]]) -> int
         attends in a window, pools by a module of its own, or gives other features.
     """
     model = backbone.model
-    if model.config._attn_implementation != NAME or backbone.kind != "text" or backbone.pooling == "pooler":
+    if model.config._attn_implementation != NAME or backbone.kind == "image" or backbone.pooling == "pooler":
         return None
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return None
     device = backbone.device
-    padded = pooled(backbone, {name: torch.from_numpy(value).to(device) for name, value in batch.items()})
+    padded = pooled_padded(backbone, {name: torch.from_numpy(value).to(device) for name, value in batch.items()})
     packed = pack([batch], device)
     padding = getattr(model.config, "pad_token_id", None) or 0
     for first in (0, padding + 1):

@@ -127,6 +127,7 @@ def _peft_config(
     backbone: Backbone, lora: LoraConfig, targets: Sequence[str], native: NativeHead | None
 ) -> dict[str, object]:
     task_type = None if backbone.kind == "image" else "SEQ_CLS" if native else "FEATURE_EXTRACTION"
+    task_type = "CAUSAL_LM" if backbone.kind == "causal-lm" else task_type
     return {
         "peft_type": "LORA",
         "task_type": task_type,

@@ -1,10 +1,11 @@
 """One table for several runs: scores by task beside the majority class, clustering, traffic."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Final
 
+from fltac.config.metrics import higher_is_better
 from fltac.report.results import Result, SeedResult, load_results
 
 __all__ = ["comparison_json", "comparison_table", "load_results"]
@@ -19,6 +20,8 @@ CAPTION: Final = (
     "±: standard deviation over seeds. "
     "MB: 10^6 bytes of all clients and rounds."
 )
+
+LOWER: Final = " Losses: lower is better."
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def comparison_table(results: Sequence[Result]) -> str:
     tasks = tasks_of(results)
     labels = [label_of(result) for result in results]
     scores = [[*(score_of(result, task) for task in tasks), _mean_score(result)] for result in results]
-    bold = [_bold(results, [row[column] for row in scores]) for column in range(len(tasks) + 1)]
+    metrics = [*(metrics_of(results, [task]) for task in tasks), metrics_of(results, tasks)]
+    bold = [_bold(results, [row[column] for row in scores], metrics[column]) for column in range(len(tasks) + 1)]
+    lower = higher_is_better(metrics[-1]) is False
     rows = [["method", *(_heading(results, task) for task in tasks), "mean", *HEADINGS]]
     majority = majority_of(results)
     if majority:
@@ -60,7 +65,7 @@ def comparison_table(results: Sequence[Result]) -> str:
             text = _text(value)
             cells.append(f"**{text}**" if index in bold[column] else text)
         rows.append([label, *cells, *_facts(result)])
-    return f"{markdown_table(rows)}\n\n{CAPTION}\n"
+    return f"{markdown_table(rows)}\n\n{CAPTION}{LOWER if lower else ''}\n"
 
 
 def comparison_json(results: Sequence[Result]) -> dict[str, object]:
@@ -114,16 +119,21 @@ def _facts(result: Result) -> list[str]:
     ]
 
 
-def _bold(results: Sequence[Result], column: Sequence[Spread | None]) -> set[int]:
-    """Rows of the best federated score, ties in the digits shown included; none where there is just one."""
+def _bold(results: Sequence[Result], column: Sequence[Spread | None], metrics: Iterable[str]) -> set[int]:
+    """Rows of the best federated score, ties in the digits shown included.
+
+    None where there is just one, or where the metrics do not agree on which way is better.
+    """
+    higher = higher_is_better(metrics)
     shown = {
         index: round(value.mean, 3)
         for index, (result, value) in enumerate(zip(results, column, strict=True))
         if value is not None and result.method not in NOT_FEDERATED | TOLD_TASKS
     }
-    if len(shown) < 2:
+    if len(shown) < 2 or higher is None:
         return set()
-    return {index for index, value in shown.items() if value == max(shown.values())}
+    best = max(shown.values()) if higher else min(shown.values())
+    return {index for index, value in shown.items() if value == best}
 
 
 def tasks_of(results: Sequence[Result]) -> list[str]:
@@ -162,9 +172,14 @@ def label_of(result: Result) -> str:
     return f"{result.label} ({', '.join(notes)})" if notes else result.label
 
 
+def metrics_of(results: Sequence[Result], tasks: Sequence[str]) -> set[str]:
+    """The metrics that these tasks are scored by."""
+    runs = [run for result in results for run in result.runs]
+    return {run.metrics[task] for run in runs for task in tasks if task in run.metrics}
+
+
 def _heading(results: Sequence[Result], task: str) -> str:
-    metrics = {run.metrics[task] for result in results for run in result.runs if task in run.metrics}
-    named = sorted(metrics - {"accuracy"})
+    named = sorted(metrics_of(results, [task]) - {"accuracy"})
     return f"{task} ({', '.join(named)})" if named else task
 
 

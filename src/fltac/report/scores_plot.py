@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fltac.report.compare import label_of, majority_of, score_of, tasks_of
+from fltac.config.metrics import higher_is_better
+from fltac.report.compare import label_of, majority_of, metrics_of, score_of, tasks_of
 from fltac.report.partition_plot import check_plot_file, save
 from fltac.report.results import Result
 
@@ -51,8 +52,11 @@ def scores_figure(results: Sequence[Result]) -> Any:
             axes.plot(ends, [majority[task]] * 2, color="#c0392b", linewidth=1.4, linestyle="--", label=label)
             lowest = min(lowest, majority[task])
     axes.set_xticks(range(len(tasks)), labels=tasks)
-    axes.set_ylim(max(0.0, lowest - 0.1), highest)
-    axes.set_ylabel("score")
+    if higher_is_better(metrics_of(results, tasks)):
+        axes.set_ylim(max(0.0, lowest - 0.1), highest)
+        axes.set_ylabel("score")
+    else:
+        axes.set_ylabel("loss")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure

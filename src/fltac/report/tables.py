@@ -9,20 +9,38 @@ MISSING = "-"
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Task, metric, score, worst client and majority class of a run's summary or of an evaluation."""
+    """Task, metric, score, worst client and majority class of a run's summary or of an evaluation.
+
+    Where an evaluation has scored a language model's answers: these scores as well.
+    """
     majority = summary.get("baselines", {}).get("majority", {})
     tasks: Mapping[str, Mapping[str, Any]] = summary.get("tasks") or {}
+    answers = _answer_scores(summary)
     table = Table("task", "metric")
-    for heading in ("score", "worst client", "majority"):
+    for heading in ("score", "worst client", "majority", *answers):
         table.add_column(heading, justify="right")
     for name, task in tasks.items():
-        numbers = (task["score"], task["worst_client"], majority.get(name))
+        numbers = (task["score"], task["worst_client"], majority.get(name), *(of.get(name) for of in answers.values()))
         table.add_row(name, task["metric"], *map(_score, numbers))
     known = [majority[name] for name in tasks if majority.get(name) is not None]
     mean_majority = sum(known) / len(known) if known and len(known) == len(tasks) else None
     table.add_section()
-    table.add_row("mean", "", _score(summary.get("mean_score")), "", _score(mean_majority))
+    means = [sum(of.values()) / len(of) for of in answers.values()]
+    table.add_row("mean", "", _score(summary.get("mean_score")), "", _score(mean_majority), *map(_score, means))
     return table
+
+
+def _answer_scores(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """By heading, what an evaluation says of the answers to each task's prompts; empty where nothing was written."""
+    written: Mapping[str, Mapping[str, float]] = (summary.get("generation") or {}).get("tasks") or {}
+    if not written:
+        return {}
+    columns: dict[str, Mapping[str, float]] = {
+        heading: {name: task[key] for name, task in written.items()}
+        for heading, key in (("ROUGE-L", "rouge_l"), ("token F1", "token_f1"))
+    }
+    judged = (summary.get("judge") or {}).get("tasks")
+    return {**columns, "judge": judged} if judged else columns
 
 
 def partition_table(counts: Mapping[str, Mapping[str, int]], tasks: Sequence[str]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fltac.client.client import plan_jobs, reply_of
+from fltac.client.client import head_shapes, plan_jobs, reply_of
 from fltac.client.training import Trained, TrainJob, train
 from fltac.config import Config
 from fltac.data.encoded import majority_score
@@ -32,7 +32,7 @@ class TaskCheck:
         validation_rows: Rows that it is scored on.
         outputs: Number of classes, or 1 for a regression.
         metric: What it is scored by.
-        majority: Validation score of always answering the most frequent class, or the mean.
+        majority: Validation score of always answering the most frequent class, or the mean; None without classes.
         steps: Optimizer steps in a round.
         seconds: What a round should take, from the trial steps.
         loss: Mean loss of the trial steps.
@@ -44,7 +44,7 @@ class TaskCheck:
     validation_rows: int
     outputs: int
     metric: str
-    majority: float
+    majority: float | None
     steps: int
     seconds: float
     loss: float
@@ -115,7 +115,7 @@ def check_client(config: Config, client_file: Path) -> ClientCheck:
 def _jobs(owner: Owner) -> list[TrainJob]:
     """The trainings of a first round, from an adapter as a server would draw it."""
     hidden = owner.backbone.hidden
-    heads = {local.head_key: (local.task.outputs, hidden) for own in owner.client.slots.values() for local in own}
+    heads = head_shapes([local for own in owner.client.slots.values() for local in own], hidden)
     settings, shapes = owner.config.server_settings, owner.model.body_shapes
     initial = init_server(settings, shapes, dict(sorted(heads.items())), [owner.client.id]).initial
     return plan_jobs(owner.client, Request(1, owner.client.id, {}, {}, initial), initial, owner.config)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from fltac.config import Config
+from fltac.config.metrics import HIGHEST_LOSS
 from fltac.data.encoded import encoder_fingerprint, load_tasks
 from fltac.data.partition import Partition
 from fltac.model.backbone import Kind
@@ -69,6 +70,7 @@ def coordinate(
             tokenizer=tokenizer,
             body_shapes=experiment.model.body_shapes,
             hidden=experiment.backbone.hidden,
+            highest_score=HIGHEST_LOSS if metric_of(experiment) == "loss" else 1.0,
         )
         federation = Federation(post, config, reference, progress.message)
         state = last_state(directory)
@@ -99,7 +101,12 @@ def open_coordinator(config: Config) -> tuple[Experiment, str]:
 
 
 def kind_of(config: Config) -> Kind:
-    """What the backbone reads, as its own configuration says; a folder that cannot be read is left to its loader."""
+    """What the backbone is used for: ``backbone.kind``, else what its own configuration says that it reads.
+
+    A folder that cannot be read is left to its loader.
+    """
+    if config.backbone.kind != "auto":
+        return config.backbone.kind
     options = {"revision": config.backbone.revision} if config.backbone.revision else {}
     try:
         architecture = AutoConfig.from_pretrained(backbone_folder(config), **options)
@@ -134,7 +141,7 @@ def _run(
             return {**nobody, "clustering": clustering}
         if not last:  # After the last round the loop has had everything delivered.
             federation.deliver(plan_delivery(state, config.server_settings, federation.there))
-        on_nodes = slot_scores(federation.scores)
+        on_nodes = slot_scores(federation.scores, metric_of(experiment))
         on_public = public_scores(experiment, state, None if last else config.evaluation.max_rows)
         scores = [task["score"] for task in on_public.values()]
         mean = sum(scores) / len(scores) if scores else on_nodes["mean"]
@@ -166,6 +173,11 @@ def _run(
     return RunResult(directory.path, summary)
 
 
+def metric_of(experiment: Experiment) -> str:
+    """What stands for the nodes' metrics, which only they know: the loss of language models, else an accuracy."""
+    return "loss" if experiment.backbone.kind == "causal-lm" else "accuracy"
+
+
 def _trainable_parameters(experiment: Experiment, state: ServerState) -> Mapping[str, int]:
     """Parameters of one slot's adapter, by the shape of its head."""
     body = sum(prod(shape) for shape in experiment.model.body_shapes.values())
@@ -174,4 +186,4 @@ def _trainable_parameters(experiment: Experiment, state: ServerState) -> Mapping
         if name.startswith("head.") and name.endswith(".weight"):
             outputs, hidden = tensor.shape
             out[f"{outputs}x{hidden}"] = body + outputs * hidden + outputs
-    return out
+    return out or {"none": body}

@@ -1,6 +1,6 @@
 """A run from its configuration to its directory: ``run``, ``resume``, ``evaluate``, ``export``, ``partition_of``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from fltac.client.schedule import LanePlan
-from fltac.config import Config
+from fltac.config import Config, evaluation_settings
 from fltac.data.partition import Partition
 from fltac.errors import InputError
-from fltac.evaluation import ScoreKey, clustering_record
+from fltac.evaluation import Measured, ScoreKey, clustering_record
 from fltac.records import RoundReport, ServerState
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.export import export_clusters
+from fltac.runtime.judging import judge_key, with_answers, with_verdicts, written_before
 from fltac.runtime.lane_setup import available_cores, choose_plan
 from fltac.runtime.loop import Record, Watch, as_sent, federate
 from fltac.runtime.meter import Meter
@@ -85,18 +86,40 @@ def resume(directory: str | Path, progress: Progress | None = None, watch: Watch
     return _continue(experiment, opened, state, progress or Silent(), watch)
 
 
-def evaluate(directory: str | Path, progress: Progress | None = None) -> Record:
+def evaluate(directory: str | Path, progress: Progress | None = None, overrides: Sequence[str] = ()) -> Record:
     """Scores a run's newest checkpoint on all validation rows; writes ``evaluation.json`` beside it.
 
+    With ``evaluation.generation`` the adapters of a language model also answer held-out prompts, and with
+    ``evaluation.judge`` a judge scores the answers. Where all but the judge's verdicts is there already, they alone
+    are asked for.
+
+    Args:
+        directory: Of the run.
+        progress: Told what happens; default: nobody.
+        overrides: ``evaluation.key=value`` strings, which change nothing that the run has stored.
+
     Raises:
-        InputError: as for ``resume``, or there is no checkpoint.
+        InputError: as for ``resume``, there is no checkpoint, or an override is wrong.
+        RunError: the judge cannot be had; everything else, and the verdicts so far, are kept.
     """
-    opened, experiment, state = _opened(Path(directory))
-    torch.set_num_threads(opened.config.training.threads or available_cores())
-    (progress or Silent()).message(f"evaluating round {state.round_number} of {opened.path}")
-    scores = judged(experiment, state, no_report(experiment, state), None)
-    record = {"round": state.round_number, **scores, "baselines": baselines(experiment)}
-    opened.write_evaluation(record)
+    path, progress = Path(directory), progress or Silent()
+    settings = evaluation_settings(open_existing(path).config, overrides)
+    key = None if settings.judge is None else judge_key(settings.judge)
+    record = written_before(path, settings) if settings.judge is not None else None
+    if record is None:
+        opened, experiment, state = _opened(path)
+        torch.set_num_threads(opened.config.training.threads or available_cores())
+        progress.message(f"evaluating round {state.round_number} of {opened.path}")
+        scores = judged(experiment, state, no_report(experiment, state), None)
+        record = {"round": state.round_number, **scores, "baselines": baselines(experiment)}
+        opened.write_evaluation(record)
+        if settings.generation is not None:
+            record["generation"] = with_answers(opened, experiment, state, settings.generation, progress)
+            opened.write_evaluation(record)
+    if settings.judge is not None:
+        opened = open_existing(path)
+        record["judge"] = with_verdicts(opened, settings.judge, key, progress)
+        opened.write_evaluation(record)
     return record
 
 
@@ -147,7 +170,7 @@ def _continue(
     total = sum(len(client.slots) for client in experiment.clients.values())
     meter = Meter(experiment, progress)
 
-    known: dict[ScoreKey, float] = {}
+    known: dict[ScoreKey, Measured] = {}
 
     def judge(state: ServerState, report: RoundReport, last: bool) -> Record:
         every = config.evaluation.every

@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+from fltac.data.prompts import alpaca
 from fltac.errors import InputError
 from fltac.model.lora import detached
 from fltac.model.merging import merged
@@ -10,12 +11,18 @@ from fltac.model.peft_format import CardFacts, export_adapter
 from fltac.records import HEAD, Adapter, Cluster, ServerState, head_keys
 from fltac.runtime.setup import Experiment
 
+EXAMPLE = alpaca("Name three colours.", "").text
+"""For the model cards of language models; with the chat template a user makes the prompt with the tokenizer."""
+
 
 def adapter_folders(state: ServerState) -> dict[tuple[int, str], str]:
-    """The folder's name for each (cluster id, head key); without clusters v0 stands for cluster 0."""
+    """The folder's name for each (cluster id, head key); without clusters v0 stands for cluster 0.
+
+    The head key is empty where there is no head.
+    """
     out = {}
     for cluster in _clusters(state):
-        keys = head_keys(cluster.adapter)
+        keys = head_keys(cluster.adapter) or [""]
         for key in keys:
             out[cluster.id, key] = f"cluster-{cluster.id}" + (f"-head-{key}" if len(keys) > 1 else "")
     return out
@@ -58,10 +65,11 @@ def export_clusters(experiment: Experiment, state: ServerState, out: Path) -> li
                     cluster=number,
                     max_length=max_length,
                     tasks={task: (count, experiment.tasks[task].label_names) for task, count in held.items()},
+                    prompt=EXAMPLE if experiment.backbone.kind == "causal-lm" else None,
                 )
                 adapter, lora = merged(_with_one_head(clusters[number].adapter, key), config.lora)
                 backbone, targets = experiment.backbone, list(experiment.modules)
-                export_adapter(out / name, adapter, key, backbone, lora, targets, card)
+                export_adapter(out / name, adapter, key or None, backbone, lora, targets, card)
                 folders.append(out / name)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from error

@@ -135,8 +135,10 @@ class Federation:
         self._unscored |= {reply.client: reply.error or "" for reply in failed}
         for letter, answer in self._answers(letters, begin):
             if isinstance(answer, Scores) and answer.client == letter.client:
-                hello = self.roll.hellos.get(letter.node)
-                if hello is None or set(answer.slots) <= set(hello.slots):
+                hello, most = self.roll.hellos.get(letter.node), self.roll.reference.highest_score
+                if any(slot.score > most for slot in answer.slots.values()):
+                    self._unscored[letter.client] = f"has scores above {most:g}"
+                elif hello is None or set(answer.slots) <= set(hello.slots):
                     self.scores[letter.client] = answer
                 else:
                     self._unscored[letter.client] = "scores slots that its node has not said it has"

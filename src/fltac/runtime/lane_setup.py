@@ -13,6 +13,7 @@ from fltac.data.encoded import EncodedTask, Split
 from fltac.errors import InputError
 from fltac.model.attention import use_own_attention
 from fltac.model.backbone import Backbone
+from fltac.model.causal import reads_ahead
 from fltac.model.lanes import LaneModel
 from fltac.model.packed_pass import first_position
 from fltac.model.trial import FAILURES, keeps_lanes_apart, take_shortcuts
@@ -48,6 +49,7 @@ def try_backbone(model: LaneModel, task: EncodedTask, config: Config) -> None:
     adapted = bool(model.layers)
     try:
         model.features(model.stack([task.train.batch(few)]), 0)
+        ahead = backbone.kind == "causal-lm" and reads_ahead(backbone, task.train.batch(few))
         apart = not adapted or keeps_lanes_apart(model, lanes)
         if training.packing is True or (training.packing == "auto" and backbone.device.type == "cpu"):
             model.first_position = first_position(backbone, task.train.batch(few))
@@ -57,6 +59,8 @@ def try_backbone(model: LaneModel, task: EncodedTask, config: Config) -> None:
     except FAILURES as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{name} cannot be run on rows of the task {task.name}: {reason}") from error
+    if ahead:
+        raise InputError(f"{name} sees the tokens that it is to predict: it is no causal language model")
     if not apart and training.lanes != 1:
         raise InputError(f"{name} mixes the rows of different adapters in a pass; set training.lanes=1")
     if training.packing is True and not model.packs:
@@ -185,7 +189,7 @@ def free_memory(device: torch.device) -> int:
 def _tokens_per_length(backbone: Backbone) -> int:
     """What one unit of a row's length is in the backbone: a token of text, all patches of an image."""
     config = backbone.model.config
-    if backbone.kind == "text":
+    if backbone.kind != "image":
         return 1
     patch = getattr(config, "patch_size", None) or 16
     size = getattr(config, "image_size", None) or 224

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from fltac.client.assignment import choose
-from fltac.client.client import plan_jobs, reply_of
+from fltac.client.client import head_shapes, plan_jobs, reply_of
 from fltac.client.profile import profiles_of
 from fltac.client.training import TrainJob, train
 from fltac.config import Config, load_config
 from fltac.config.client_file import load_client_file
 from fltac.config.loading import parse_yaml
-from fltac.data.metrics import predictions_from_logits, score
+from fltac.config.metrics import HIGHEST_LOSS
 from fltac.errors import InputError
-from fltac.evaluation import evaluation_rows, predict_logits, with_head
+from fltac.evaluation import evaluation_rows, measure, with_head
 from fltac.records import Adapter, FloatArray, Reply, Request
 from fltac.runtime.owner import Owner, load_owner
 from fltac.runtime.received import received_fault
@@ -197,9 +197,7 @@ def hello(owner: Owner) -> NodeHello:
     return NodeHello(
         client=owner.client.id,
         examples={slot: sum(len(local.rows) for local in tasks) for slot, tasks in slots.items()},
-        heads={
-            slot: {local.head_key: (local.task.outputs, hidden) for local in tasks} for slot, tasks in slots.items()
-        },
+        heads={slot: head_shapes(tasks, hidden) for slot, tasks in slots.items()},
         backbone=owner.backbone.fingerprint,
         tokenizer=next(iter(owner.tasks.values())).encoder,
         body_shapes=owner.model.body_shapes,
@@ -216,7 +214,7 @@ def chosen(owner: Owner, request: Request, initial: Adapter | None) -> Request:
         raise NodeFault("the request brings no clusters to choose from, which the rule ifca needs")
     for cluster in request.candidates:
         for slot, tasks in owner.client.slots.items():
-            heads = {local.head_key for local in tasks}
+            heads = head_shapes(tasks, owner.backbone.hidden)
             fault = received_fault(replace(request, slots={slot: cluster}), initial, slot, heads, owner)
             if fault is not None:
                 raise NodeFault(f"slot {slot}: cluster {cluster}: {fault}")
@@ -235,7 +233,7 @@ def owner_jobs(owner: Owner, request: Request, initial: Adapter | None) -> list[
         NodeFault: what was received does not fit this owner's model.
     """
     for slot, tasks in owner.client.slots.items():
-        fault = received_fault(request, initial, slot, {local.head_key for local in tasks}, owner)
+        fault = received_fault(request, initial, slot, head_shapes(tasks, owner.backbone.hidden), owner)
         if fault is not None:
             raise NodeFault(f"slot {slot}: {fault}")
     return plan_jobs(owner.client, request, initial or {}, owner.config)
@@ -250,11 +248,9 @@ def scores(owner: Owner, jobs: list[TrainJob], max_rows: int | None) -> Scores:
             task = local.task
             chosen = evaluation_rows(task, max_rows, config.federation.seed)
             adapter = with_head(job.start, job.start, local.head_key)
-            batch = config.evaluation.batch_size
-            logits = predict_logits(owner.model, adapter, local.head_key, task, chosen, batch)
-            predictions = predictions_from_logits(task.metric, logits)
-            found.append(score(task.metric, predictions, np.asarray(task.validation.labels[chosen])))
+            measured = measure(owner.model, adapter, local.head_key, task, chosen, config.evaluation.batch_size)
+            # A correlation may be above 1 by rounding, and a loss be anything.
+            found.append(float(np.clip(np.nan_to_num(measured[task.metric], nan=HIGHEST_LOSS), -1.0, HIGHEST_LOSS)))
             rows += len(chosen)
-        # A correlation may be above 1 by rounding.
-        out[job.slot] = SlotScore(float(np.clip(np.mean(found), -1.0, 1.0)), rows)
+        out[job.slot] = SlotScore(float(np.mean(found)), rows)
     return Scores(owner.client.id, out)

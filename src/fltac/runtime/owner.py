@@ -97,7 +97,7 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
         slot = 0 if shared else file.slots[name]
         before, most = slots.get(slot, ()), file.limits.steps
         rows = np.arange(len(task.train))
-        local = local_task(task, rows, str(task.outputs), config, file.id, slot + len(before))
+        local = local_task(task, rows, task.head_key, config, file.id, slot + len(before))
         if most is not None and local.steps > most:
             raise InputError(f"training: {local.steps} steps of the task {name} in a round; limits.steps allows {most}")
         slots[slot] = (*before, local)

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from numpy.typing import NDArray
 
 from fltac.config import Config, FederationConfig, to_yaml
 from fltac.config.clustering import COUNTING
+from fltac.data.encoded import load_tasks
 from fltac.data.image import image_files
 from fltac.data.loading import RawSplit, RawTask, load_rows
 from fltac.data.partition import Partition, make_partition
-from fltac.data.tasks import resolve_task
+from fltac.data.tasks import Kind, resolve_task
 from fltac.errors import InputError
 from fltac.records import CLIENT_ID
 from fltac.runtime.atomic import TEMPORARY, sync_folder, write_new
 from fltac.runtime.owner import refuse_not_federated
 from fltac.runtime.run_directory import refuse_occupied
+from fltac.runtime.setup import backbone_folder
 
 COORDINATOR = "coordinator.yaml"
 CLIENT = "client.yaml"
@@ -52,7 +55,8 @@ def write_partition(config: Config, out: Path) -> list[Path]:
         name: load_rows(resolve_task(name, task, config.data_root), config.federation.seed)
         for name, task in config.tasks.items()
     }
-    partition = make_partition(config, {name: task.train.labels for name, task in tasks.items()})
+    used = _used_rows(config, tasks)
+    partition = make_partition(config, {name: task.train.labels[used[name]] for name, task in tasks.items()})
     for client in partition.clients:
         if not CLIENT_ID.fullmatch(client):
             raise InputError(
@@ -66,8 +70,9 @@ def write_partition(config: Config, out: Path) -> list[Path]:
         try:
             draft.chmod(0o755)
             for client in holders:
-                _write_client(draft / client, client, partition, tasks, config.server.clustering.profile_rows > 0)
-            write_new(draft / COORDINATOR, to_yaml(coordinator_config(config)).encode())
+                _write_client(draft / client, client, partition, tasks, used, config.server.clustering.profile_rows > 0)
+            kinds = {task.task.kind for task in tasks.values()}
+            write_new(draft / COORDINATOR, to_yaml(coordinator_config(config, kinds)).encode())
             sync_folder(draft)
             draft.replace(out)
         finally:
@@ -77,21 +82,48 @@ def write_partition(config: Config, out: Path) -> list[Path]:
     return [out / client for client in holders]
 
 
-def coordinator_config(config: Config) -> Config:
-    """The config without what only the data owners may know: the tasks, where they lie and who holds them."""
+def _used_rows(config: Config, tasks: Mapping[str, RawTask]) -> dict[str, NDArray[np.int64]]:
+    """Which training rows a simulation splits: all but those of causal-lm tasks that are left out when encoded."""
+    used = {name: np.arange(len(task.train.labels)) for name, task in tasks.items()}
+    if any(task.task.kind == "causal-lm" for task in tasks.values()):
+        for name, task in load_tasks(config, backbone_folder(config)).items():
+            used[name] = used[name] if task.train.raw_rows is None else task.train.raw_rows
+    return used
+
+
+def coordinator_config(config: Config, kinds: Iterable[Kind] = ()) -> Config:
+    """The config without what only the data owners may know: the tasks, where they lie and who holds them.
+
+    That they are ``causal-lm`` tasks is said: the same backbone may be an encoder to others.
+    """
     federation = config.federation.model_copy(update={"partition": FederationConfig().partition})
     given = config.server.clustering.k if config.server.clustering.rule in COUNTING else config.clusters or "auto"
     clustering = config.server.clustering.model_copy(update={"k": given})
     server = config.server.model_copy(update={"clustering": clustering})
-    return config.model_copy(update={"tasks": {}, "data_root": None, "federation": federation, "server": server})
+    backbone = config.backbone.model_copy(update={"kind": "causal-lm"}) if "causal-lm" in kinds else config.backbone
+    update: dict[str, Any] = {
+        "tasks": {},
+        "data_root": None,
+        "backbone": backbone,
+        "federation": federation,
+        "server": server,
+    }
+    return config.model_copy(update=update)
 
 
-def _write_client(folder: Path, client: str, partition: Partition, tasks: Mapping[str, RawTask], profile: bool) -> None:
+def _write_client(
+    folder: Path,
+    client: str,
+    partition: Partition,
+    tasks: Mapping[str, RawTask],
+    used: Mapping[str, NDArray[np.int64]],
+    profile: bool,
+) -> None:
     folder.mkdir()
     own: dict[str, dict[str, Any]] = {}
     for slot, name in enumerate(partition.client_tasks(client)):
         task = tasks[name]
-        rows = partition.rows[client, name]
+        rows = used[name][partition.rows[client, name]]
         train, validation = f"slot-{slot}-train.parquet", f"slot-{slot}-validation.parquet"
         _write_rows(folder / train, task, task.train, rows)
         _write_rows(folder / validation, task, task.validation, np.arange(len(task.validation.labels)))
@@ -102,14 +134,14 @@ def _write_client(folder: Path, client: str, partition: Partition, tasks: Mappin
             "path": train,
             "validation_path": validation,
             "columns": list(setting.columns),
-            "label": setting.label,
-            "labels": None if setting.regression else class_names(task),
             "metric": setting.metric,
         }
-        if not setting.mirror:
-            own[name]["mirror"] = False
-        if own[name]["labels"] is None:
-            del own[name]["labels"]
+        if setting.kind == "causal-lm":
+            own[name] |= asdict(setting.prompting)
+        else:
+            own[name]["label"] = setting.label
+            if not setting.regression:
+                own[name]["labels"] = class_names(task)
     tree: dict[str, Any] = {"client": client, "tasks": own}
     if profile:
         tree["limits"] = {"profile": True}
@@ -130,6 +162,9 @@ def _write_rows(file: Path, task: RawTask, split: RawSplit, rows: NDArray[np.int
     else:
         chosen = split.data.select(rows).with_format("arrow")[:]
         values = {name: chosen.column(name) for name in setting.columns}
+    if task.outputs == 0:
+        pyarrow.parquet.write_table(pa.table(values), file, row_group_size=ROWS_PER_GROUP)
+        return
     labels = split.labels[rows]
     names = [] if setting.regression else class_names(task)
     stored = pa.array(labels) if setting.regression else pa.array([names[number] for number in labels.tolist()])

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from fltac.data.metrics import predictions_from_logits, score
-from fltac.evaluation import evaluation_rows, predict_logits, with_head
+from fltac.config.metrics import HIGHEST_LOSS, LOWER_IS_BETTER
+from fltac.evaluation import evaluation_rows, measure, with_head
 from fltac.records import ServerState
 from fltac.runtime.loop import Record
 from fltac.runtime.setup import Experiment
@@ -16,8 +16,12 @@ from fltac.wire.node_protocol import Scores
 QUANTILES = {"min": 0.0, "lower": 0.25, "median": 0.5, "upper": 0.75, "max": 1.0}
 
 
-def slot_scores(scores: Mapping[str, Scores]) -> Record:
+def slot_scores(scores: Mapping[str, Scores], metric: str = "accuracy") -> Record:
     """The scores that the nodes reported, each on its own validation rows.
+
+    Args:
+        scores: By client.
+        metric: Says which way is better.
 
     Returns:
         ``slots`` (their number), ``mean`` over slots, ``distribution``, ``worst_client`` (by the mean of its slots)
@@ -30,7 +34,8 @@ def slot_scores(scores: Mapping[str, Scores]) -> Record:
         for client, item in sorted(scores.items())
         if item.slots
     }
-    worst = min(means, key=lambda client: means[client], default=None)
+    choose = max if metric in LOWER_IS_BETTER else min
+    worst = choose(means, key=lambda client: means[client], default=None)
     return {
         "slots": len(values),
         "mean": float(np.mean(values)) if values else None,
@@ -60,16 +65,17 @@ def public_scores(experiment: Experiment, state: ServerState, max_rows: int | No
     table = np.full((len(names), len(clusters)), -np.inf)
     rows = {name: evaluation_rows(tasks[name], max_rows, config.federation.seed) for name in names}
     for row, name in enumerate(names):
-        task, key = tasks[name], str(tasks[name].outputs)
-        labels = np.asarray(task.validation.labels[rows[name]])
+        task, key = tasks[name], tasks[name].head_key
         for column, cluster in enumerate(clusters):
-            if f"head.{key}.weight" not in cluster.adapter:
+            if key and f"head.{key}.weight" not in cluster.adapter:
                 continue
             adapter = with_head(cluster.adapter, state.initial, key)
-            logits = predict_logits(experiment.model, adapter, key, task, rows[name], config.evaluation.batch_size)
-            table[row, column] = score(task.metric, predictions_from_logits(task.metric, logits), labels)
-    # Scores lie in -1 to 1, so -2 is worse than any and stands for a pair that cannot be.
-    chosen = linear_sum_assignment(np.where(np.isfinite(table), table, -2.0), maximize=True) if names else ((), ())
+            batch_size = config.evaluation.batch_size
+            table[row, column] = measure(experiment.model, adapter, key, task, rows[name], batch_size)[task.metric]
+    # A pair that cannot be is worse than any score, which are from -1 to 1, and losses that come to something.
+    gain = np.where([[tasks[name].metric in LOWER_IS_BETTER] for name in names], -table, table) if names else table
+    usable = np.where(np.isfinite(table), gain, -2.0 - HIGHEST_LOSS)
+    chosen = linear_sum_assignment(usable, maximize=True) if names else ((), ())
     return {
         names[row]: {
             "metric": tasks[names[row]].metric,

@@ -9,7 +9,7 @@ from fltac.runtime.owner import Owner
 
 
 def received_fault(
-    request: Request, initial: Adapter | None, slot: int, head_keys: set[str], owner: Owner
+    request: Request, initial: Adapter | None, slot: int, heads: Mapping[str, tuple[int, int]], owner: Owner
 ) -> str | None:
     """Says in one line why a slot cannot start from what was received; None if it can."""
     cluster = request.slots.get(slot)
@@ -20,13 +20,12 @@ def received_fault(
         # Factors that are never trained are not sent again.
         kept = {name: tensor for name, tensor in (initial or {}).items() if name.endswith(frozen)}
         received = {**kept, **received}
-    hidden, rank = owner.backbone.hidden, owner.config.lora.rank_of(owner.client.id)
+    rank = owner.config.lora.rank_of(owner.client.id)
     expected = {name: _at_rank(name, shape, rank) for name, shape in owner.model.body_shapes.items()}
     fault = _base_fault(received, owner.model.body_shapes)
     if fault is not None:
         return fault
-    for key in head_keys:
-        outputs = int(key)
+    for key, (outputs, hidden) in heads.items():
         expected |= {f"{HEAD}{key}.weight": (outputs, hidden), f"{HEAD}{key}.bias": (outputs,)}
     for name in received:
         if not is_head(name) and not is_base(name) and name not in expected:

@@ -21,12 +21,14 @@ class Reference:
         tokenizer: SHA-256 of the tokenizer, or of the image settings.
         body_shapes: Name and shape of every adapter tensor that is not a head.
         hidden: Width of what a head reads.
+        highest_score: That a node may report of its own rows; more than 1 where it is a loss.
     """
 
     backbone: str
     tokenizer: str
     body_shapes: Mapping[str, tuple[int, ...]]
     hidden: int
+    highest_score: float = 1.0
 
     def fault(self, hello: NodeHello) -> str | None:
         """Says in one line why a node cannot take part; None if it can."""

@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,8 @@ ROUNDS = "rounds.jsonl"
 SUMMARY = "summary.json"
 LANES = "lanes.json"
 EVALUATION = "evaluation.json"
+GENERATIONS = "generations.jsonl"
+VERDICTS = "verdicts.jsonl"
 FEDERATION = "federation.json"
 """There in the directory of a federation's run: how to start it again."""
 PLAN_KEYS = ("lanes", "tokens", "workers")
@@ -103,6 +105,25 @@ class RunDirectory:
     def write_evaluation(self, record: Mapping[str, object]) -> None:
         """Replaces ``evaluation.json``, the scores of an evaluation apart from the run's own."""
         write_atomic(self.path / EVALUATION, (to_json(record, indent=2) + "\n").encode())
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What ``evaluation.json`` holds; None where there is none. Raises InputError where it is damaged."""
+        return _read_json(self.path / EVALUATION)
+
+    def write_generations(self, lines: Sequence[Mapping[str, object]]) -> None:
+        """Replaces ``generations.jsonl``."""
+        write_atomic(self.path / GENERATIONS, "".join(to_json(line) + "\n" for line in lines).encode())
+
+    def generations(self) -> list[dict[str, Any]]:
+        """What ``generations.jsonl`` holds. Raises InputError where it is missing or damaged."""
+        path = self.path / GENERATIONS
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        if not all(isinstance(line, dict) for line in lines):
+            raise InputError(f"{path}: a line is no JSON object")
+        return lines
 
     def write_lanes(self, plan: Mapping[str, object]) -> None:
         """Stores the lane plan, which is fixed for the whole run since it changes rounding."""

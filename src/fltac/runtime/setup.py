@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fltac.builtin import builtin_folder
-from fltac.client.client import Client, LocalTask, local_steps, local_task
+from fltac.client.client import Client, LocalTask, head_shapes, local_steps, local_task
 from fltac.config import Config, to_yaml
 from fltac.data.encoded import EncodedTask, Split, load_tasks
 from fltac.data.partition import Partition, make_partition
@@ -84,6 +84,12 @@ def load_partition(config: Config) -> tuple[dict[str, EncodedTask], Partition]:
         raise InputError("tasks: there are none; only the coordinator of a federation can do without")
     tasks = load_tasks(config, backbone_folder(config))
     labels = {name: np.asarray(task.train.labels) for name, task in tasks.items()}
+    partition = config.federation.partition
+    for name, task in tasks.items():
+        if not task.outputs and partition.client_skew == "labels":
+            raise InputError(f"federation.partition.client_skew: got 'labels', but the task {name} has no classes")
+        if not task.outputs and partition.rule == "label-skew":
+            raise InputError(f"federation.partition.rule: got 'label-skew', but the task {name} has no classes")
     lengths = {name: task.train.lengths for name, task in tasks.items()}
     return tasks, make_partition(config, labels, lengths)
 
@@ -98,12 +104,8 @@ def prepare(config: Config) -> Experiment:
     backbone, modules, model = build_model(config, tasks)
     clients, holdings = build_clients(config, partition, tasks)
     admit_to_prefix(model, _visits(config, clients, tasks), config.training.prefix_cache * 2**20)
-    heads = {
-        local.head_key: (local.task.outputs, backbone.hidden)
-        for client in clients.values()
-        for locals_ in client.slots.values()
-        for local in locals_
-    }
+    held = [local for client in clients.values() for locals_ in client.slots.values() for local in locals_]
+    heads = head_shapes(held, backbone.hidden)
     return Experiment(
         config, tasks, partition, backbone, modules, model, clients, holdings, dict(sorted(heads.items()))
     )
@@ -121,7 +123,12 @@ def build_model(
     if len(kinds) > 1:
         named = ", ".join(f"{task.name} ({task.kind})" for task in tasks.values())
         raise InputError(f"tasks: one backbone reads one kind, got {named}")
-    backbone, modules, model = wrapped_backbone(config, kinds.pop())
+    kind = kinds.pop()
+    if config.backbone.kind not in ("auto", kind):
+        raise InputError(f"backbone.kind: got {config.backbone.kind!r}; allowed with {kind} tasks are auto, {kind}")
+    if kind == "causal-lm" and config.training.loss != "plain":
+        raise InputError(f"training.loss: got {config.training.loss!r}; allowed with causal-lm tasks is plain")
+    backbone, modules, model = wrapped_backbone(config, kind)
     try_backbone(model, next(iter(tasks.values())), config)
     return backbone, modules, model
 
@@ -135,6 +142,8 @@ def wrapped_backbone(config: Config, kind: Kind) -> tuple[Backbone, dict[str, tu
     Raises:
         InputError: it cannot be loaded, or is of another kind.
     """
+    if kind == "causal-lm" and config.server.clustering.profile_rows:
+        raise InputError("server.clustering.profile_rows: causal-lm tasks have no profiles; allowed with them is 0")
     backbone = load_backbone(config.backbone, kind, backbone_folder(config))
     full = config.training.trainable == "all"
     paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)
@@ -206,7 +215,7 @@ def build_clients(
         for index, name in enumerate(partition.client_tasks(client)):
             task, rows = tasks[name], partition.rows[client, name]
             told = shared and config.training.heads == "per-task"
-            key = f"{task.outputs}-{numbers[name]}" if told else str(task.outputs)
+            key = f"{task.outputs}-{numbers[name]}" if told and task.outputs else task.head_key
             slot = 0 if shared else index
             before = slots.get(slot, ())
             slots[slot] = (*before, local_task(task, rows, key, config, client, slot + len(before)))
@@ -232,7 +241,7 @@ def _pooled_clients(
         made = [local_steps(config.training, len(rows)) * rounds[client] for client, rows in parts.items()]
         steps = max(1, sum(made) if config.federation.pool == "sum" else max(made))
         rows = np.sort(np.concatenate(list(parts.values())))
-        client, key = f"pool-{len(clients)}", str(task.outputs)
+        client, key = f"pool-{len(clients)}", task.head_key
         local = LocalTask(task, rows, key, steps)
         clients[client] = Client(client, {0: (local,)})
         holdings.append(Holding(client, 0, name, key))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fltac.client.assignment import choose
-from fltac.client.client import Client, plan_jobs, reply_of
+from fltac.client.client import Client, head_shapes, plan_jobs, reply_of
 from fltac.client.profile import profiles_of
 from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train_each
@@ -46,12 +46,7 @@ class Simulation:
         hidden = self.model.backbone.hidden
         return [
             Presence(
-                client.id,
-                {
-                    slot: {local.head_key: (local.task.outputs, hidden) for local in own}
-                    for slot, own in client.slots.items()
-                },
-                keeps_initial=True,
+                client.id, {slot: head_shapes(own, hidden) for slot, own in client.slots.items()}, keeps_initial=True
             )
             for _, client in sorted(self.clients.items())
         ]

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from fltac.data.encoded import majority_score
-from fltac.evaluation import ScoreKey, clustering_record, score_state
+from fltac.data.encoded import Split, majority_score
+from fltac.evaluation import Measured, ScoreKey, clustering_record, score_state
 from fltac.records import RoundReport, ServerState
 from fltac.runtime.export import folders_of_tasks
 from fltac.runtime.loop import Record
@@ -18,7 +18,7 @@ def judged(
     state: ServerState,
     report: RoundReport,
     max_rows: int | None,
-    known: dict[ScoreKey, float] | None = None,
+    known: dict[ScoreKey, Measured] | None = None,
 ) -> Record:
     """Scores a state on so many validation rows of each task, and compares its clusters with the true tasks."""
     scores = score_state(
@@ -78,13 +78,28 @@ def summarised(experiment: Experiment, state: ServerState, records: Sequence[Rec
             name: {"train": task.train.truncated, "validation": task.validation.truncated}
             for name, task in experiment.tasks.items()
         },
+        **row_counts(experiment),
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
 def baselines(experiment: Experiment) -> dict[str, dict[str, float]]:
-    """The majority class's score on each task."""
-    return {"majority": {name: majority_score(task) for name, task in experiment.tasks.items()}}
+    """The majority class's score on each task that has classes."""
+    found = {name: majority_score(task) for name, task in experiment.tasks.items()}
+    return {"majority": {name: score for name, score in found.items() if score is not None}}
+
+
+def row_counts(experiment: Experiment) -> dict[str, Any]:
+    """For tasks of which rows are left out: how many are used, cut and left out, and why."""
+    counts = {
+        name: {
+            which: {"used": len(split), **split.counts}
+            for which, split in (("train", task.train), ("validation", task.validation))
+        }
+        for name, task in experiment.tasks.items()
+        if task.kind == "causal-lm"
+    }
+    return {"row_counts": counts} if counts else {}
 
 
 def _slot_steps(experiment: Experiment) -> int:
@@ -110,17 +125,31 @@ def _trainable_parameters(experiment: Experiment) -> dict[str, int]:
     out = {}
     for client in experiment.clients.values():
         for locals_ in client.slots.values():
-            keys = {local.head_key: experiment.head_shapes[local.head_key] for local in locals_}
-            label = "+".join(f"{outputs}x{hidden}" for outputs, hidden in sorted(keys.values()))
+            keys = {local.head_key: experiment.head_shapes[local.head_key] for local in locals_ if local.head_key}
+            label = "+".join(f"{outputs}x{hidden}" for outputs, hidden in sorted(keys.values())) or "none"
             out[label] = size + sum(outputs * hidden + outputs for outputs, hidden in keys.values())
     return dict(sorted(out.items()))
 
 
 def truncation_lines(experiment: Experiment) -> list[str]:
-    """One line for each split with rows that were cut."""
+    """One line for each split with rows that were cut or left out."""
     return [
-        f"{name}: {split.truncated} of {len(split)} {which} rows are cut at {int(split.lengths.max())} tokens"
+        f"{name}: {len(split)} {which} rows are used; {_cut(split)}"
+        if split.counts
+        else f"{name}: {split.truncated} of {len(split)} {which} rows are cut at {int(split.lengths.max())} tokens"
         for name, task in experiment.tasks.items()
         for which, split in (("training", task.train), ("validation", task.validation))
-        if split.truncated
+        if split.truncated or split.counts
     ]
+
+
+REASONS = {
+    "dropped_empty": "without a response are left out",
+    "dropped_long": "with a response that does not fit are left out",
+    "prompt_cut": "are used with a prompt that is cut",
+    "response_cut": "are used with a response that is cut",
+}
+
+
+def _cut(split: Split) -> str:
+    return ", ".join(f"{split.counts[key]} {reason}" for key, reason in REASONS.items() if key in split.counts)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from fltac.config.metrics import HIGHEST_LOSS
 from fltac.records import CLIENT_ID, MOST_SLOTS, Reply, Request
 from fltac.wire.blob import Dtype, WireError
 from fltac.wire.codec import decode_reply, decode_request, encode_reply, encode_request
@@ -268,8 +269,8 @@ def _scores(body: bytes) -> Scores:
         score = entry[1]
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise WireError(f"{where}: slot {slot}: score is {score!r}; expected a finite number")
-        if not -1.0 <= score <= 1.0:
-            raise WireError(f"{where}: slot {slot}: score is {score!r}; allowed are -1 to 1")
+        if not -1.0 <= score <= HIGHEST_LOSS:
+            raise WireError(f"{where}: slot {slot}: score is {score!r}; allowed are -1 to {HIGHEST_LOSS:g}")
         slots[slot] = SlotScore(float(score), read_count(entry[2], f"{where}: slot {slot}: rows", 1))
     return Scores(client, slots)
 

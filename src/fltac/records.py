@@ -266,6 +266,7 @@ class RoundReport:
             over that from the next one.
         residuals: Where the server chose K: for each K that it tried, how badly the means of groups predict their
             members.
+        profiled: Whether the clients' profiles counted; None where there are none.
         product_error: How far the clusters' products are from the exact means of their members' products, relative
             (``server.aggregation.error``); None where nothing was averaged or the products are zero.
     """
@@ -280,6 +281,7 @@ class RoundReport:
     product_error: float | None = None
     confidence: Mapping[SlotKey, float] = field(default_factory=dict)
     residuals: Mapping[int, float] | None = None
+    profiled: bool | None = None
 
     def evidence(self) -> dict[str, object]:
         """For a round's record: how sure the grouping is, the five least sure slots, and the errors of each K."""
@@ -292,4 +294,6 @@ class RoundReport:
             }
         if self.residuals is not None:
             out["residuals"] = {str(k): value for k, value in self.residuals.items()}
+        if self.profiled is not None:
+            out["profiled"] = self.profiled
         return out

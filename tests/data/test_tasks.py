@@ -48,7 +48,7 @@ def test_every_preset_resolves() -> None:
         task = resolve_task(name, TaskConfig(preset=name), None)
         assert (task.hub is None) == name.startswith("digits-")
         assert (task.builtin == name) == name.startswith("digits-")
-        assert task.validation == (0.25 if name.startswith("digits-") else None)
+        assert task.validation == {"digits": 0.25, "dolly": 0.1}.get(name.partition("-")[0])
 
 
 def test_what_the_config_says_is_stronger_than_the_preset() -> None:

@@ -55,6 +55,23 @@ def test_profiles_group_what_adapters_do_not(k: str) -> None:
     assert adjusted_rand_score(truth, [blind[item.key] for item in updates]) < 0.5
 
 
+@pytest.mark.parametrize("k", ["3", "auto"])
+def test_profiles_that_say_nothing_of_the_tasks_do_not_count(k: str) -> None:
+    updates, truth = planted(8, 3, seed=1, noise=0.2)
+    draw = np.random.default_rng(3)
+    own = {f"client-{number}": draw.normal(0, 0.2, HIDDEN) for number in range(8)}
+    told = [
+        replace(item, profile=(own[item.client] + draw.normal(0, 0.02, HIDDEN)).astype(np.float32)) for item in updates
+    ]
+    settings, first = server(ASKS, f"server.clustering.k={k}"), start(updates)
+    replies = [Reply(client, tuple(item for item in told if item.client == client)) for client in sorted(own)]
+    after, report = finish_round(first, plan_round(first, settings), replies, settings)
+    assigned = after.assignment()
+    assert adjusted_rand_score(truth, [assigned[item.key] for item in updates]) == 1.0
+    assert report.evidence()["profiled"] is False
+    assert PROFILE in after.memory[updates[0].key], "they may count in a later round"
+
+
 def test_a_client_is_asked_until_all_its_slots_have_one() -> None:
     updates, _ = noisy(3, 2)
     settings = server(ASKS)

@@ -33,6 +33,11 @@ class Choice:
     k: int
     residuals: dict[int, float]
 
+    @property
+    def residual(self) -> float:
+        """Of the chosen one."""
+        return self.residuals[self.k]
+
 
 def choose_k(
     views: Sequence[tuple[Callable[[int], Points], Matrix]],
@@ -41,6 +46,7 @@ def choose_k(
     seed: int,
     before: int | None = None,
     share: float = 0.0,
+    given: int | None = None,
 ) -> Choice:
     """Chooses K by how well groups found in one view predict in another.
 
@@ -51,6 +57,7 @@ def choose_k(
         seed: Of K-means.
         before: The K of the round before.
         share: It stays unless another one lowers the error by more than this share.
+        given: The only K to try.
 
     Returns:
         The K with the least error; the smallest of equals.
@@ -58,7 +65,7 @@ def choose_k(
     n = len(views[0][1])
     least = 1 if owners is None else int(np.unique(np.asarray(owners), return_counts=True)[1].max())
     found: dict[int, float] = {}
-    for k in range(least, max(least, n // 2) + 1):
+    for k in range(least, max(least, n // 2) + 1) if given is None else [given]:
         found[k] = float(
             np.mean(
                 [

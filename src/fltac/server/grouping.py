@@ -16,6 +16,8 @@ from fltac.server.similarity import WHOLE, distance_sketches, embedding, leading
 
 CHOOSING_STARTS = 5
 """Of K-means, for each K that is tried."""
+HARM = 0.1
+"""Profiles count unless what adapters say is predicted worse by more than this share in the groups found with them."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Grouping:
         silhouette: In the space that was clustered, if one was.
         confidence: How sure each slot's group is (``server.choosing.confidence``), if a space was clustered.
         residuals: For each K that was tried the error of its prediction, where K was chosen.
+        profiled: Whether the clients' profiles counted; None where there are none.
         memory: What the rule keeps of each slot for later rounds, where it does so itself.
     """
 
@@ -39,6 +42,7 @@ class Grouping:
     silhouette: float | None = None
     confidence: Mapping[SlotKey, float] = field(default_factory=dict)
     residuals: Mapping[int, float] | None = None
+    profiled: bool | None = None
     memory: Mapping[SlotKey, Adapter] | None = None
 
 
@@ -77,25 +81,43 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
     changes, rule = evidence.changes, settings.clustering
     seed = derive(settings.seed, "embedding", evidence.round_number)
-    residuals = None
-    if (k := settings.k) is None:
-        choice = _choice(evidence, changes, settings)
-        k, residuals = choice.k, choice.residuals
+    k, residuals, profiled = settings.k, None, None
+    if k is None or changes.profiles is not None:
+        choice, profiled = _choice(evidence, changes, settings)
+        if k is None:
+            k, residuals = choice.k, choice.residuals
+        if not profiled:
+            changes = replace(changes, profiles=None)
     points = embedding(changes, rule.head, k, seed, rule.profile_weight)
     found = _grouped(changes.keys, points, k, evidence, settings)
-    return replace(found, residuals=residuals)
+    return replace(found, residuals=residuals, profiled=profiled)
 
 
-def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings) -> Choice:
-    """K from the uploads: of many slots, from a seeded sample of whole clients."""
+def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings) -> tuple[Choice, bool | None]:
+    """K, where it is not given, and whether profiles help: of many slots, from a seeded sample of whole clients.
+
+    Profiles that say nothing of the tasks (several questions about the same rows) would hide what adapters say. So
+    they do not count where the groups that are found with them predict what was learned much worse than those without.
+    A little worse is no reason: where labels are skewed by client, what is learned is predicted well by the skew.
+
+    Returns:
+        The choice, and whether profiles count; None where there are none.
+    """
     rule = settings.clustering
     seed = derive(settings.seed, "choose-k", evidence.round_number)
     owners = [client for client, _ in changes.keys]
     few = changes.only(sample(len(owners), owners if rule.cannot_link else None, seed, WHOLE))
-    pairs = [(partial(leading, by), within) for by, within in views(few, rule.head, rule.profile_weight)]
     own = [client for client, _ in few.keys] if rule.cannot_link else None
     before = sum(bool(cluster.members) for cluster in evidence.state.clusters) or None
-    return choose_k(pairs, own, min(rule.starts, CHOOSING_STARTS), seed, before, rule.hysteresis)
+    choices = []
+    for part in [few] if few.profiles is None else [few, replace(few, profiles=None)]:
+        pairs = [(partial(leading, by), within) for by, within in views(part, rule.head, rule.profile_weight)]
+        starts = min(rule.starts, CHOOSING_STARTS)
+        choices.append(choose_k(pairs, own, starts, seed, before, rule.hysteresis, settings.k))
+    if few.profiles is None:
+        return choices[0], None
+    counted = choices[0].residual <= (1 + HARM) * choices[1].residual
+    return choices[0 if counted else 1], counted
 
 
 def _grouped(keys: Sequence[SlotKey], points: Points, k: int, evidence: Evidence, settings: ServerSettings) -> Grouping:

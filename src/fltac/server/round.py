@@ -232,6 +232,7 @@ def finish_round(
         clustered.product_error,
         grouping.confidence,
         grouping.residuals,
+        grouping.profiled,
     )
     return after, report
 

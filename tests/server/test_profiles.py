@@ -59,7 +59,7 @@ def test_profiles_group_what_adapters_do_not(k: str) -> None:
 def test_profiles_that_say_nothing_of_the_tasks_do_not_count(k: str) -> None:
     updates, truth = planted(8, 3, seed=1, noise=0.2)
     draw = np.random.default_rng(3)
-    own = {f"client-{number}": draw.normal(0, 0.2, HIDDEN) for number in range(8)}
+    own = {f"client-{number}": draw.normal(0, 0.1, HIDDEN) for number in range(8)}
     told = [
         replace(item, profile=(own[item.client] + draw.normal(0, 0.02, HIDDEN)).astype(np.float32)) for item in updates
     ]

@@ -59,9 +59,11 @@ def test_profiles_group_what_adapters_do_not(k: str) -> None:
 def test_profiles_that_say_nothing_of_the_tasks_do_not_count(k: str) -> None:
     updates, truth = planted(8, 3, seed=1, noise=0.2)
     draw = np.random.default_rng(3)
-    own = {f"client-{number}": draw.normal(0, 0.1, HIDDEN) for number in range(8)}
+    topics = draw.normal(0, 0.1, (3, HIDDEN))
+    own = {f"client-{number}": draw.permutation(3) for number in range(8)}  # not in the order of the tasks
     told = [
-        replace(item, profile=(own[item.client] + draw.normal(0, 0.02, HIDDEN)).astype(np.float32)) for item in updates
+        replace(item, profile=(topics[own[item.client][item.slot]] + draw.normal(0, 0.01, HIDDEN)).astype(np.float32))
+        for item in updates
     ]
     settings, first = server(ASKS, f"server.clustering.k={k}"), start(updates)
     replies = [Reply(client, tuple(item for item in told if item.client == client)) for client in sorted(own)]

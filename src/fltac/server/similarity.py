@@ -170,11 +170,11 @@ def views(changes: Changes, head: bool, profile_weight: float = 1.0) -> list[tup
     halves = [kernel(replace(body, modules=changes.modules[start::2]), False, 0.0) for start in (0, 1)]
     bodies = [half for half in halves if half.any()]
     heads = kernel(replace(changes, modules=(), profiles=None), True, 0.0) if head and changes.heads else None
-    if len(bodies) < 2:
-        whole = kernel(changes, head, profile_weight)
-        return [(bodies[0], heads) if bodies and heads is not None else (whole, whole)]
-    first, second = bodies
     said = kernel(replace(changes, modules=(), heads={}), False, profile_weight)
+    if len(bodies) < 2:
+        whole = kernel(replace(changes, profiles=None), head)
+        return [(bodies[0] + said, heads) if bodies and heads is not None else (whole + said, whole)]
+    first, second = bodies
     if heads is None:
         return [(first + said, second), (second + said, first)]
     return [(first + heads + said, second), (second + heads + said, first), ((first + second) / 2 + said, heads)]

@@ -11,7 +11,10 @@ import sys
 from functools import partial
 
 import numpy as np
+from accumulate import WAYS, replayed
 from film import FILMS
+from profiles import OUT as PROFILES
+from profiles import WEIGHT
 from record import FOLDER
 from recording import Gram, Recording, load_all
 from replay import setting_of, table
@@ -60,6 +63,30 @@ def beats_majority(recording: Recording) -> str:
     return "" if np.isnan(recording.scores).any() else f"{(recording.scores > recording.majority).mean():.2f}"
 
 
+def profile_tables() -> list[str]:
+    """Profiles alone by regime, rows and noise, and beside the adapters of each recording."""
+    if not PROFILES.exists():
+        return []
+    found = json.loads(PROFILES.read_text(encoding="utf-8"))["results"]
+    settings = sorted({(item["rows"], item["noise"]) for item in found})
+    header = " | ".join(f"{rows} rows, noise {noise:g}" for rows, noise in settings)
+    lines = ["", "## Profiles alone: ARI, mean and least over the seeds", ""]
+    lines += [f"| regime (seeds) | {header} |", "|---" * (len(settings) + 1) + "|"]
+    for regime in sorted({item["regime"] for item in found}):
+        own = [item for item in found if item["regime"] == regime]
+        cells = []
+        for setting in settings:
+            aris = [item["ari"] for item in own if (item["rows"], item["noise"]) == setting]
+            cells.append(f"{np.mean(aris):.2f} ({min(aris):.2f})")
+        lines.append(f"| {regime} ({len({item['seed'] for item in own})}) | {' | '.join(cells)} |")
+    lines += ["", f"## Profiles beside adapters, with weight {WEIGHT:g}: ARI in the first round", ""]
+    lines += [f"| recording | {header} |", "|---" * (len(settings) + 1) + "|"]
+    for name in sorted({name for item in found for name in item["beside"]}):
+        by_setting = {(i["rows"], i["noise"]): i["beside"][name] for i in found if name in i["beside"]}
+        lines.append(f"| {name} | {' | '.join(f'{by_setting[setting]:.2f}' for setting in settings)} |")
+    return lines
+
+
 def main() -> int:
     recordings = load_all(FOLDER)
     lines = [
@@ -102,6 +129,14 @@ def main() -> int:
         aris = " ".join(f"{number['clustering']['ari']:.2f}" for number in film["rounds"])
         rows = max(task["n_eval"] for task in film["tasks"].values())
         lines.append(f"| {path.stem} | {aris} | {film['mean_score']:.3f} | {rows} |")
+    lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round", ""]
+    lines += [f"| film | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
+    for path in sorted(FILMS.glob("*.json")):
+        film = json.loads(path.read_text(encoding="utf-8"))
+        ways = replayed(path.with_suffix(".safetensors"), len(film["rounds"]))
+        cells = [" ".join(f"{ari:.2f}" for ari in ways[way]) for way in WAYS]
+        lines.append(f"| {path.stem} | {' | '.join(cells)} |")
+    lines += profile_tables()
     write_atomic(OUT, ("\n".join(lines) + "\n").encode())
     print(OUT)
     return 0

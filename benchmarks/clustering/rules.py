@@ -37,6 +37,12 @@ def centred(kernel: Gram) -> Gram:
     return np.asarray(h @ kernel @ h)
 
 
+def deflated(gram: Gram) -> Gram:
+    """Cosines without the leading direction, which all slots may share with either sign."""
+    values, vectors = np.linalg.eigh(cosine(gram))
+    return cosine(cosine(gram) - values[-1] * np.outer(vectors[:, -1], vectors[:, -1]))
+
+
 def without_clients(kernel: Gram, clients: tuple[str, ...], share: float = 1.0) -> Gram:
     """Without (a share of) what the slots of each client have in common: their mean, less that of all slots."""
     names, of = np.unique(np.asarray(clients), return_inverse=True)
@@ -60,6 +66,12 @@ KERNELS: dict[str, Kernel] = {
     "by-matrix+2head": lambda r: by_matrix(r.grams["product"]) + 2 * cosine(r.grams["head"].sum(0)),
     "2by-matrix+head": lambda r: 2 * by_matrix(r.grams["product"]) + cosine(r.grams["head"].sum(0)),
     "seen+head": lambda r: by_matrix(r.grams["product_seen"]) + cosine(r.grams["head"].sum(0)),
+    "deflated+head": lambda r: (
+        np.mean([deflated(gram) for gram in r.grams["product"]], axis=0) + deflated(r.grams["head"].sum(0))
+    ),
+    "squared+head": lambda r: (
+        np.mean([cosine(gram) ** 2 for gram in r.grams["product"]], axis=0) + cosine(r.grams["head"].sum(0)) ** 2
+    ),
     "b+head": lambda r: by_matrix(r.grams["b"]) + cosine(r.grams["head"].sum(0)),
 }
 
@@ -135,5 +147,7 @@ RULES: dict[str, Rule] = {
     "half head": Rule("2by-matrix+head"),
     "seen+head": Rule("seen+head"),
     "b+head": Rule("b+head"),
+    "deflated+head": Rule("deflated+head"),
+    "squared+head": Rule("squared+head"),
 }
 """By name; ``default`` is what fltac's rule ``spectral`` compares."""

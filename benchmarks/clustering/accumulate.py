@@ -1,0 +1,55 @@
+"""Ways to put the rounds of a film together, replayed: what the default rule would have grouped after each round.
+
+Exact for the rule that was played (the sum), an indication for the others, since later uploads depend on what was sent.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from recording import Gram, Recording
+from rules import cosine
+from sklearn.metrics import adjusted_rand_score
+
+from fltac.server.clustering import group
+from fltac.server.similarity import leading
+
+WAYS = ("sum", "scaled", "mean", "last")
+"""Changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone."""
+DRAWS = 4
+
+
+def kernel_of(gram: Gram, rounds: int, upto: int, way: str) -> Gram:
+    """Cosines of slots ``[n, n]`` after some rounds, from inner products ``[rounds * n, rounds * n]``."""
+    n = len(gram) // rounds
+    parts = gram.reshape(rounds, n, rounds, n)[:upto, :, :upto, :]
+    own = np.arange(upto)
+    if way == "last":
+        return cosine(parts[-1, :, -1, :])
+    if way == "mean":
+        return np.asarray(np.mean([cosine(parts[t, :, t, :]) for t in own], axis=0))
+    if way == "scaled":
+        lengths = np.sqrt(np.einsum("titi->ti", parts))
+        scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+        return cosine(np.einsum("ti,tisj,sj->ij", scale, parts, scale))
+    return cosine(parts.sum(axis=(0, 2)))
+
+
+def replayed(path: Path, rounds: int) -> dict[str, list[float]]:
+    """ARI after each round, by way.
+
+    Args:
+        path: A film's ``.safetensors``.
+        rounds: That it has.
+    """
+    film = Recording.load(path)
+    n = len(film.truth) // rounds
+    truth, owners = film.truth[:n], film.clients[:n]
+    k = len(set(truth.tolist()))
+    out: dict[str, list[float]] = {}
+    for way in WAYS:
+        for upto in range(1, rounds + 1):
+            body = np.mean([kernel_of(gram, rounds, upto, way) for gram in film.grams["product"]], axis=0)
+            points = leading(body + kernel_of(film.grams["head"].sum(0), rounds, upto, way), k)
+            aris = [adjusted_rand_score(truth, group(points, k, owners, 20, draw)) for draw in range(DRAWS)]
+            out.setdefault(way, []).append(float(np.mean(aris)))
+    return out

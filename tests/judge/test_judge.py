@@ -209,11 +209,18 @@ def test_a_damaged_file_of_verdicts_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "1", "[]", '{"score": "1"}', '{"score": true}', '{"score": NaN}', '{"score": 1.01}', '{"score": -0.1}',
-     '{"score": 1, "reason": 3}', '```json\n{"score": 1}\n```', '{"score": 1} yes'],
+     '{"score": 1, "reason": 3}', '{"score": 1} yes', '```json\n{"score": 1}\n``` yes'],
 )  # fmt: skip
 def test_what_is_no_verdict(text: str) -> None:
     with pytest.raises(BadVerdictError):
         read_verdict(text)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"score": 1}', ' {"score": 1}\n', '```json\n{"score": 1}\n```', '```\n{"score": 1}\n```\n']
+)
+def test_a_verdict_may_be_fenced(text: str) -> None:
+    assert read_verdict(text) == Verdict(1.0, "")
 
 
 def test_the_cost_is_estimated_before_it_begins() -> None:

@@ -26,6 +26,7 @@ class Task:
     name: str
     validation: Rows
     metric: str = "accuracy"
+    kind: str = "text"
 
 
 def adapter(value: float, heads: tuple[str, ...] = ("2",)) -> dict[str, np.ndarray]:

@@ -106,6 +106,25 @@ def test_images_come_as_they_are_stored(tmp_path: Path) -> None:
     assert all(files[row["image"]] == row["label"] for row in found)
 
 
+def test_a_data_owner_mirrors_what_the_simulation_mirrors(tmp_path: Path) -> None:
+    """A mirrored digit is another one, and a mirrored quarter turn another turn."""
+    rotation = {"preset": "digits-loop", "transform": "rotate4"}
+    tasks = {"parity": {"preset": "digits-parity"}, "turn": rotation, "free": {"preset": "digits-high", "mirror": True}}
+    config = load_config(
+        {
+            "backbone": {"name": "builtin:digits-vit"},
+            "tasks": tasks,
+            "federation": {"clients": 1, "partition": {"rule": "iid"}},
+            "training": {"augment": "crop-flip"},
+        }
+    )
+    (folder,) = write_partition(config, tmp_path / "out")
+    own = load_client_file(folder / "client.yaml").tasks
+    mirrored = {name: resolve_task(name, task, None).mirror for name, task in own.items()}
+    assert mirrored == {name: resolve_task(name, task, None).mirror for name, task in config.tasks.items()}
+    assert mirrored == {"parity": False, "turn": False, "free": True}
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     config = federation(tmp_path)
     (tmp_path / "out").mkdir()

@@ -142,6 +142,8 @@ def _write_client(
             own[name]["label"] = setting.label
             if not setting.regression:
                 own[name]["labels"] = class_names(task)
+            if not setting.mirror:
+                own[name]["mirror"] = False
     tree: dict[str, Any] = {"client": client, "tasks": own}
     if profile:
         tree["limits"] = {"profile": True}

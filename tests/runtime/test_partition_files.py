@@ -19,6 +19,7 @@ from fltac.data.tasks import resolve_task
 from fltac.errors import InputError
 from fltac.runtime import partition_files
 from fltac.runtime.partition_files import write_partition
+from language import language_tree
 from runtime.owners import federation
 
 
@@ -163,6 +164,14 @@ def test_what_cannot_be_federated(tmp_path: Path, override: str, message: str) -
     with pytest.raises(InputError, match=message):
         write_partition(federation(tmp_path, override), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", ["client_skew=labels", "rule=label-skew"])
+def test_rows_without_classes_are_not_split_by_class(tmp_path: Path, setting: str) -> None:
+    """As a simulation of the same config is refused."""
+    config = load_config(language_tree(tmp_path), [f"federation.partition.{setting}"])
+    with pytest.raises(InputError, match=r"but the task colour has no classes"):
+        write_partition(config, tmp_path / "out")
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """Profiles against the backbone as transformers runs it, and who may have them."""
 
-from dataclasses import replace
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ import torch
 import yaml
 
 import fltac
-from fltac.client.profile import profiles_of
+from fltac.client.profile import multiplier, profiles_of
+from fltac.paths import cache_folder
 from fltac.records import Reply
+from fltac.runtime.profile_noise import KEY
 from fltac.runtime.setup import Experiment, prepare
 from fltac.seeding import generator
 from fltac.server.round import plan_round
@@ -83,15 +87,73 @@ def test_a_node_sends_what_the_simulation_sends_if_its_owner_allows_it(both: Bot
     assert [item.profile for item in answer_of(both, client.id).updates] == [None] * len(expected)
 
 
-def test_the_noise_of_a_node_is_its_own(both: Both) -> None:
-    rule = both.coordinator.server.clustering.model_copy(update={"profile_noise": 0.1})
-    settings = both.coordinator.server.model_copy(update={"clustering": rule})
+@contextmanager
+def asked_for(both: Both, **changes: float) -> Iterator[None]:
+    """The coordinator's config with other settings of profiles."""
+    before = both.coordinator
+    rule = before.server.clustering.model_copy(update=changes)
+    both.coordinator = before.model_copy(update={"server": before.server.model_copy(update={"clustering": rule})})
+    try:
+        yield
+    finally:
+        both.coordinator = before
+
+
+def profiles(both: Both, client: str) -> np.ndarray:
+    found = [item.profile for item in answer_of(both, client).updates]
+    return np.stack([profile for profile in found if profile is not None])
+
+
+def test_the_noise_of_a_node_is_its_own_and_the_same_whenever_it_is_asked(both: Both) -> None:
+    """Else the mean over questions, or over restarts of the node, would be the profile without noise."""
     client = sorted(both.experiment.clients)[1]
-    both.coordinator, before = both.coordinator.model_copy(update={"server": settings}), both.coordinator
-    one, other = answer_of(both, client), answer_of(both, client)
-    both.coordinator = before
-    first, second = (next(iter(reply.updates)) for reply in (one, other))
-    assert first.profile is not None
-    assert second.profile is not None
-    assert not np.allclose(first.profile, second.profile, atol=0.01)
-    np.testing.assert_array_equal(*(replace(item, profile=None).adapter["head.2.bias"] for item in (first, second)))
+    with asked_for(both, profile_noise=0.1):
+        one, again = profiles(both, client), profiles(both, client)
+        (cache_folder() / KEY).unlink()
+        other = profiles(both, client)
+        simulated = profiles_of(both.experiment.model, both.experiment.clients[client], both.coordinator, 0)
+    np.testing.assert_array_equal(one, again)
+    assert (cache_folder() / KEY).stat().st_mode & 0o077 == 0
+    for found in (other, np.stack([simulated[slot] for slot in sorted(simulated)])):
+        assert not np.allclose(one, found, atol=0.01)
+
+
+def test_other_rows_and_other_configs_get_other_noise(both: Both) -> None:
+    """Else the difference of two profiles would be that of the means, without noise."""
+    client = sorted(both.experiment.clients)[2]
+    plain = profiles(both, client)
+    with asked_for(both, profile_noise=0.1):
+        first = profiles(both, client) - plain
+        file = both.out / client / "slot-0-train.parquet"
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+        touched = profiles(both, client) - plain
+    with asked_for(both, profile_noise=0.2):
+        louder = profiles(both, client) - plain
+    assert abs(np.corrcoef(first.ravel(), touched.ravel())[0, 1]) < 0.5
+    assert abs(np.corrcoef(touched.ravel(), louder.ravel())[0, 1]) < 0.5
+
+
+def test_an_owner_may_ask_for_noise_that_hides_a_row(both: Both) -> None:
+    client = sorted(both.experiment.clients)[2]
+    slots = both.experiment.clients[client].slots
+    sizes = {slot: min(len(local.rows), 12) for slot, (local,) in slots.items()}
+    with asked_for(both, profile_noise=0.5):
+        assert {slot: multiplier(own, both.coordinator) for slot, own in slots.items()} == {
+            slot: 0.25 * count for slot, count in sizes.items()
+        }
+        several = [local for own in slots.values() for local in own]
+        shared = 0.25 * min(sizes.values()) * len(several)
+        assert multiplier(several, both.coordinator) == shared, "a row is in the mean of its task, which is one of many"
+    file = both.out / client / "client.yaml"
+    content = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**content, "limits": {"profile": True, "profile_multiplier": 3.0}}))
+    for noise, sent in ((0.49, []), (0.5, [slot for slot, count in sizes.items() if count == 12])):
+        with asked_for(both, profile_noise=noise):
+            assert [item.slot for item in answer_of(both, client).updates if item.profile is not None] == sent
+    file.write_text(yaml.safe_dump(content))
+
+
+def test_a_node_whose_config_asks_for_none_sends_none(both: Both) -> None:
+    client = sorted(both.experiment.clients)[2]
+    with asked_for(both, profile_rows=0):
+        assert all(item.profile is None for item in answer_of(both, client).updates)

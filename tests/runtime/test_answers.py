@@ -1,6 +1,7 @@
 """``fltac evaluate`` on a language model: answers, their scores, verdicts, and what is said where it fails."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fltac
 from fltac.cli import main
 from fltac.data.text_scores import rouge_l
+from fltac.evaluation import digest
+from fltac.runtime.answers import sent_adapters
+from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.experiment import evaluate
+from fltac.runtime.setup import prepare
+from fltac.server.sending import Outbox
 from judge.scripted_judge import Reply, completion, serving, verdict
 from language import language_tree
 
@@ -103,6 +109,32 @@ def test_answers_of_an_adapter_are_those_of_plain_peft(finished: Path, tmp_path:
         whole = plain.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=0)
         text = letters.decode(whole[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         assert line["answer"] == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("method=fedsa-lora", [f"cluster-0 for client-{number}/0" for number in range(3)]),
+        ("lora.ranks={client-1: 1}", ["cluster-0", "cluster-0 for client-1/0"]),
+    ],
+)
+def test_a_slot_is_answered_for_by_what_it_is_sent(tmp_path: Path, override: str, expected: list[str]) -> None:
+    """As its scores are of that, too: its own B, or the adapter cut to its client's rank."""
+    rule = ["server.aggregation.rule=hetlora"] if "ranks" in override else []
+    settings = ["training.steps=1", "federation.rounds=1", override, *rule]
+    fltac.run(fltac.load_config(language_tree(tmp_path), settings), tmp_path / "run")
+    experiment, last = prepare(fltac.load_config(tmp_path / "run" / "config.yaml")), latest_checkpoint(tmp_path / "run")
+    assert last is not None
+    state = last.state
+    outbox, first = Outbox(state, experiment.config.server_settings), next(iter(experiment.tasks))
+    sent = sent_adapters(experiment, state, first)
+    assert [re.sub("(cluster-|/)[0-9]+", r"\g<1>0", item.name) for item in sent] == expected
+    assert sum(item.clients for item in sent) == 3
+    received = [digest(outbox.of(holding.key)) for holding in experiment.holdings if holding.task == first]
+    assert {digest(item.adapter) for item in sent} == set(received)
+    evaluate(tmp_path / "run", overrides=WRITE)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "generations.jsonl").read_text().splitlines()]
+    assert [line["adapter"] for line in lines if line["task"] == first] == [item.name for item in sent]
 
 
 def test_prompts_are_cut_so_that_an_answer_fits_and_are_counted(

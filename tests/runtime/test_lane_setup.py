@@ -11,8 +11,9 @@ from client.test_training import make_model, make_task
 from fltac.client.schedule import POOL
 from fltac.config import TrainingConfig
 from fltac.model.prefix import Prefix
-from fltac.runtime import lane_setup
+from fltac.runtime import lane_setup, setup
 from fltac.runtime.lane_setup import admit_to_prefix, bytes_per_token, choose_plan, choose_precision, some_rows
+from runtime.owners import federation
 
 
 def test_a_pass_holds_what_is_fast_or_what_fits(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +79,17 @@ def test_precision_is_chosen_by_the_processor(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(lane_setup, "multiplies_bfloat16", lambda has=has: has)
         assert choose_precision(TrainingConfig(), cpu) == expected
         assert choose_precision(TrainingConfig(precision="float32"), cpu) == torch.float32
+
+
+def test_rows_of_profiles_and_of_a_choice_by_loss_are_counted_as_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else more is kept below the first adapted layer than ``training.prefix_cache`` allows."""
+    seen: list[int] = []
+    monkeypatch.setattr(setup, "admit_to_prefix", lambda _, visits, __: seen.append(visits[0][1]))
+    steps = ("training.steps=1", "training.batch_size=1", "federation.partition.rule=iid")
+    choice = ("method=ifca", "server.clustering.assignment_rows=2")
+    for more in ((), ("server.clustering.profile_rows=5",), choice, (*choice, "server.clustering.held_back=0.5")):
+        setup.prepare(federation(tmp_path, *steps, *more))
+    rows = 81  # of 90 of the task are training rows; 27 are at each of three clients, which hold 14 back
+    assert seen == [3 * 2, 3 * (2 + 5), 3 * (2 + 2 * 2), 3 * 2 + 3 * round(rows / 6)]

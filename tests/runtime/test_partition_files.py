@@ -19,6 +19,7 @@ from fltac.data.tasks import resolve_task
 from fltac.errors import InputError
 from fltac.runtime import partition_files
 from fltac.runtime.partition_files import write_partition
+from language import language_tree
 from runtime.owners import federation
 
 
@@ -106,6 +107,25 @@ def test_images_come_as_they_are_stored(tmp_path: Path) -> None:
     assert all(files[row["image"]] == row["label"] for row in found)
 
 
+def test_a_data_owner_mirrors_what_the_simulation_mirrors(tmp_path: Path) -> None:
+    """A mirrored digit is another one, and a mirrored quarter turn another turn."""
+    rotation = {"preset": "digits-loop", "transform": "rotate4"}
+    tasks = {"parity": {"preset": "digits-parity"}, "turn": rotation, "free": {"preset": "digits-high", "mirror": True}}
+    config = load_config(
+        {
+            "backbone": {"name": "builtin:digits-vit"},
+            "tasks": tasks,
+            "federation": {"clients": 1, "partition": {"rule": "iid"}},
+            "training": {"augment": "crop-flip"},
+        }
+    )
+    (folder,) = write_partition(config, tmp_path / "out")
+    own = load_client_file(folder / "client.yaml").tasks
+    mirrored = {name: resolve_task(name, task, None).mirror for name, task in own.items()}
+    assert mirrored == {name: resolve_task(name, task, None).mirror for name, task in config.tasks.items()}
+    assert mirrored == {"parity": False, "turn": False, "free": True}
+
+
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     config = federation(tmp_path)
     (tmp_path / "out").mkdir()
@@ -144,6 +164,14 @@ def test_what_cannot_be_federated(tmp_path: Path, override: str, message: str) -
     with pytest.raises(InputError, match=message):
         write_partition(federation(tmp_path, override), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("setting", ["client_skew=labels", "rule=label-skew"])
+def test_rows_without_classes_are_not_split_by_class(tmp_path: Path, setting: str) -> None:
+    """As a simulation of the same config is refused."""
+    config = load_config(language_tree(tmp_path), [f"federation.partition.{setting}"])
+    with pytest.raises(InputError, match=r"but the task colour has no classes"):
+        write_partition(config, tmp_path / "out")
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

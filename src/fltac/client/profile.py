@@ -5,6 +5,8 @@ or images are about. With n rows, replacing one of them moves the mean by at mos
 deviation s on each number is that of the Gaussian mechanism with multiplier s n / 2.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -39,6 +41,13 @@ def profiles_of(model: LaneModel, client: Client, config: Config, noise_seed: in
         noise = generator(noise_seed, "profile-noise", client=client.id, slot=slot)
         out[slot] = (mean + noise.normal(0.0, rule.profile_noise, mean.shape)).astype(np.float32)
     return out
+
+
+def multiplier(tasks: Sequence[LocalTask], config: Config) -> float:
+    """Of the Gaussian mechanism that a slot's profile is: the noise over how far one replaced row moves the mean."""
+    rule = config.server.clustering
+    fewest = min(min(len(local.rows), rule.profile_rows) for local in tasks)
+    return rule.profile_noise * fewest * len(tasks) / 2
 
 
 @torch.no_grad()

@@ -50,6 +50,9 @@ class Limits(Section):
     profile: bool = False
     """Whether the coordinator may have profiles (``server.clustering.profile_rows``): vectors that say what the rows
     are about."""
+    profile_multiplier: Annotated[float, Field(ge=0)] = 0.0
+    """The least ``s n / 2`` of a profile that is sent, with noise ``s`` and ``n`` rows (``client.profile``): both are
+    the coordinator's to choose, and a slot may have few rows."""
 
 
 class ClientSection(Section):

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from math import pi
-from typing import Any, Final
+from typing import Any
 
+from fltac.config.metrics import LOWER_IS_BETTER
 from fltac.report.compare import majority_of, score_of, tasks_of
 from fltac.report.partition_plot import shares
 from fltac.report.results import Result
@@ -13,8 +14,6 @@ from fltac.reproduce.paper import ACCURACY, COLUMN_OF, JUDGED
 from fltac.reproduce.runs import EXPERIMENTS, METHODS, finished, methods_of, runs_of
 from fltac.runtime.progress import Progress
 from fltac.runtime.setup import load_partition
-
-LOWER_IS_BETTER: Final = frozenset({"loss", "perplexity"})
 
 Counts = Mapping[str, Mapping[str, int]]
 """Client to task to training rows."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from fltac.data.text_scores import rouge_l, token_f1
 from fltac.errors import InputError
 from fltac.evaluation import digest, evaluation_rows
 from fltac.model.generate import Sampling, generate
-from fltac.records import ServerState
+from fltac.records import Adapter, ServerState
 from fltac.runtime.export import adapter_folders
 from fltac.runtime.loop import Record
 from fltac.runtime.progress import Progress
 from fltac.runtime.run_directory import RunDirectory
 from fltac.runtime.setup import Experiment, backbone_folder
 from fltac.seeding import generator
+from fltac.server.sending import Outbox
 
 UNTRAINED = "v0"
 """Stands for the adapter of slots that have no cluster."""
@@ -36,7 +37,8 @@ class Answer:
 
     Attributes:
         task: The task's name.
-        adapter: The folder's name under ``adapters``; ``v0`` where slots have no cluster.
+        adapter: The folder's name under ``adapters``; ``v0`` where slots have no cluster. Where a slot is sent
+            something else than its cluster's adapter (a B of its own, a smaller rank), for whom that is as well.
         clients: How many of the task's clients received this adapter.
         row: The row's number in its file or split, from 0.
         prompt: As the model read it, unless it had to be cut.
@@ -62,8 +64,9 @@ class Answer:
 def answers_fingerprint(opened: RunDirectory, state: ServerState, settings: GenerationConfig) -> str:
     """Of all that the answers depend on: the run, the adapters, and how they are written."""
     adapters = [(cluster.id, digest(cluster.adapter).hex(), cluster.members) for cluster in state.clusters]
+    own = [(key, digest(tensors).hex()) for key, tensors in sorted(state.own.items())]
     manifest = (opened.manifest() or {}).get("fingerprints")
-    told = [settings.model_dump(mode="json"), state.round_number, digest(state.initial).hex(), adapters, manifest]
+    told = [settings.model_dump(mode="json"), state.round_number, digest(state.initial).hex(), adapters, own, manifest]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,8 +115,8 @@ def _task_answers(
     prompts = [tokens for tokens, _ in fitted]
     by_length = np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist()
     model, out = experiment.model, []
-    for cluster, clients in _receivers(experiment, state, name).items():
-        model.load([state.initial if cluster is None else _adapter(state, cluster)])
+    for sent in sent_adapters(experiment, state, name):
+        model.load([sent.adapter])
         written: dict[int, str] = {}
         for start in range(0, len(prompts), settings.batch_size):
             part = by_length[start : start + settings.batch_size]
@@ -121,29 +124,41 @@ def _task_answers(
             answers = generate(model, [prompts[row] for row in part], sampling, encoder.end, draws)
             for row, tokens in zip(part, answers, strict=True):
                 written[row] = str(encoder.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        folder = UNTRAINED if cluster is None else adapter_folders(state)[cluster, ""]
         for row, text in enumerate(texts):
             prompt = prompt_of(text, split.task, encoder.tokenizer).text
             scores = (rouge_l(written[row], text["response"]), token_f1(written[row], text["response"]))
             place = int(split.rows[row])
             told = (prompt, fitted[row][1], text["response"], written[row])
-            out.append(Answer(name, folder, clients, place, *told, *scores))
+            out.append(Answer(name, sent.name, sent.clients, place, *told, *scores))
     return out
 
 
-def _receivers(experiment: Experiment, state: ServerState, task: str) -> dict[int | None, int]:
-    """Which clusters' adapters the task's clients received (None: v0), and how many of them each."""
-    assignment = state.assignment()
-    out: dict[int | None, int] = {}
+@dataclass(frozen=True)
+class Sent:
+    """An adapter that some of a task's clients were sent, what it is called, and how many of them they are."""
+
+    adapter: Adapter
+    name: str
+    clients: int
+
+
+def sent_adapters(experiment: Experiment, state: ServerState, task: str) -> list[Sent]:
+    """What the task's clients were sent after the last round, each once: v0 first, then by cluster."""
+    outbox, folders = Outbox(state, experiment.config.server_settings), adapter_folders(state)
+    whole = {cluster.id: cluster.adapter for cluster in state.clusters}
+    found: dict[tuple[int, int], Sent] = {}
     for holding in experiment.holdings:
-        if holding.task == task:
-            cluster = assignment.get(holding.key)
-            out[cluster] = out.get(cluster, 0) + 1
-    return dict(sorted(out.items(), key=lambda item: -1 if item[0] is None else item[0]))
-
-
-def _adapter(state: ServerState, number: int) -> Mapping[str, Any]:
-    return next(cluster.adapter for cluster in state.clusters if cluster.id == number)
+        if holding.task != task:
+            continue
+        cluster, adapter = outbox.cluster(holding.key), outbox.of(holding.key)
+        name = UNTRAINED if cluster is None else folders[cluster, ""]
+        if adapter is not (state.initial if cluster is None else whole[cluster]):
+            name += f" for {holding.client}/{holding.slot}"
+        # Equal ones are the same object, which the outbox keeps.
+        place = -1 if cluster is None else cluster, id(adapter)
+        before = found.get(place, Sent(adapter, name, 0))
+        found[place] = Sent(adapter, before.name, before.clients + 1)
+    return [found[place] for place in sorted(found, key=lambda place: place[0])]
 
 
 def answer_scores(answers: Sequence[Answer], **more: Sequence[float]) -> Record:

@@ -1,11 +1,11 @@
 """A data owner as the other end of a message: bytes of a question in, bytes of the answer out.
 
-It runs the one client implementation on the owner's own rows. What leaves it are slot numbers, counts, adapters and
-scores; an error that it answers names client, slot and tensor, never a task, a file or a value of the data.
+It runs the one client implementation on the owner's own rows. What leaves it are slot numbers, counts, adapters,
+scores and, where the owner allows it, profiles; an error that it answers names client, slot and tensor, never a task, a
+file or a value of the data.
 """
 
 import logging
-import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 from fltac.client.assignment import choose
 from fltac.client.client import head_shapes, plan_jobs, reply_of
-from fltac.client.profile import profiles_of
+from fltac.client.profile import multiplier, profiles_of
 from fltac.client.training import TrainJob, train
 from fltac.config import Config, load_config
 from fltac.config.client_file import load_client_file
@@ -24,6 +24,7 @@ from fltac.errors import InputError
 from fltac.evaluation import evaluation_rows, measure, with_head
 from fltac.records import Adapter, FloatArray, Reply, Request
 from fltac.runtime.owner import Owner, load_owner
+from fltac.runtime.profile_noise import noise_seed
 from fltac.runtime.received import received_fault
 from fltac.wire.blob import WireError
 from fltac.wire.node_protocol import (
@@ -63,8 +64,6 @@ class Node:
         self._id = owner.client.id
         self._limit = owner.file.limits.message_mb * 2**20
         self._initial: Adapter | None = None
-        # Nobody else's: a run's seed is known to the server, which could take the noise away again.
-        self._noise_seed = secrets.randbits(63)
 
     @classmethod
     def open(cls, config: Config, client_file: Path) -> "Node":
@@ -124,17 +123,10 @@ class Node:
             config = owner.config
             request = chosen(owner, request, self._initial)
             jobs = owner_jobs(owner, request, self._initial)
-            profiles = self._profiles(owner) if request.profile else {}
+            profiles = allowed_profiles(owner) if request.profile else {}
             trained = train(owner.model, jobs, config.training, config.lora.dropout, owner.plan)
             return reply_of(owner.client, trained, request, profiles)
         return scores(owner, owner_jobs(owner, request, self._initial), question.max_rows)
-
-    def _profiles(self, owner: Owner) -> dict[int, FloatArray]:
-        """None where the owner does not allow them; the server then groups by the adapters alone."""
-        if not owner.file.limits.profile:
-            log.info("the coordinator asks for profiles, which limits.profile of the client file does not allow")
-            return {}
-        return profiles_of(owner.model, owner.client, owner.config, self._noise_seed)
 
     def _current(self) -> Owner:
         if self._owner is None or self._owner.file.stamp() != self._owner.stamp:
@@ -202,6 +194,27 @@ def hello(owner: Owner) -> NodeHello:
         tokenizer=next(iter(owner.tasks.values())).encoder,
         body_shapes=owner.model.body_shapes,
     )
+
+
+def allowed_profiles(owner: Owner) -> dict[int, FloatArray]:
+    """Of those slots whose profiles the owner's limits allow; the server groups all others by their adapters alone."""
+    limits, config = owner.file.limits, owner.config
+    if not limits.profile or not config.server.clustering.profile_rows:
+        log.info(
+            "the coordinator asks for profiles, which limits.profile of the client file or the config do not allow"
+        )
+        return {}
+    slots = {}
+    for slot, tasks in owner.client.slots.items():
+        found = multiplier(tasks, config)
+        if found >= limits.profile_multiplier:
+            slots[slot] = tasks
+        else:
+            least = limits.profile_multiplier
+            log.info(
+                "slot %d: its profile would have multiplier %.3g; limits.profile_multiplier: %g", slot, found, least
+            )
+    return profiles_of(owner.model, replace(owner.client, slots=slots), config, noise_seed(owner))
 
 
 def chosen(owner: Owner, request: Request, initial: Adapter | None) -> Request:

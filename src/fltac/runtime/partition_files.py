@@ -25,7 +25,7 @@ from fltac.records import CLIENT_ID
 from fltac.runtime.atomic import TEMPORARY, sync_folder, write_new
 from fltac.runtime.owner import refuse_not_federated
 from fltac.runtime.run_directory import refuse_occupied
-from fltac.runtime.setup import backbone_folder
+from fltac.runtime.setup import backbone_folder, refuse_skew_without_classes
 
 COORDINATOR = "coordinator.yaml"
 CLIENT = "client.yaml"
@@ -55,6 +55,7 @@ def write_partition(config: Config, out: Path) -> list[Path]:
         name: load_rows(resolve_task(name, task, config.data_root), config.federation.seed)
         for name, task in config.tasks.items()
     }
+    refuse_skew_without_classes(config, {name: task.outputs for name, task in tasks.items()})
     used = _used_rows(config, tasks)
     partition = make_partition(config, {name: task.train.labels[used[name]] for name, task in tasks.items()})
     for client in partition.clients:
@@ -142,6 +143,8 @@ def _write_client(
             own[name]["label"] = setting.label
             if not setting.regression:
                 own[name]["labels"] = class_names(task)
+            if not setting.mirror:
+                own[name]["mirror"] = False
     tree: dict[str, Any] = {"client": client, "tasks": own}
     if profile:
         tree["limits"] = {"profile": True}

@@ -84,14 +84,19 @@ def load_partition(config: Config) -> tuple[dict[str, EncodedTask], Partition]:
         raise InputError("tasks: there are none; only the coordinator of a federation can do without")
     tasks = load_tasks(config, backbone_folder(config))
     labels = {name: np.asarray(task.train.labels) for name, task in tasks.items()}
-    partition = config.federation.partition
-    for name, task in tasks.items():
-        if not task.outputs and partition.client_skew == "labels":
-            raise InputError(f"federation.partition.client_skew: got 'labels', but the task {name} has no classes")
-        if not task.outputs and partition.rule == "label-skew":
-            raise InputError(f"federation.partition.rule: got 'label-skew', but the task {name} has no classes")
+    refuse_skew_without_classes(config, {name: task.outputs for name, task in tasks.items()})
     lengths = {name: task.train.lengths for name, task in tasks.items()}
     return tasks, make_partition(config, labels, lengths)
+
+
+def refuse_skew_without_classes(config: Config, outputs: Mapping[str, int]) -> None:
+    """Raises InputError for a partition by classes of tasks that have none; ``outputs`` is by task."""
+    partition = config.federation.partition
+    for name, count in outputs.items():
+        if not count and partition.client_skew == "labels":
+            raise InputError(f"federation.partition.client_skew: got 'labels', but the task {name} has no classes")
+        if not count and partition.rule == "label-skew":
+            raise InputError(f"federation.partition.rule: got 'label-skew', but the task {name} has no classes")
 
 
 def prepare(config: Config) -> Experiment:
@@ -174,10 +179,12 @@ def resolved(experiment: Experiment) -> Experiment:
 
 def _visits(config: Config, clients: Mapping[str, Client], tasks: Mapping[str, EncodedTask]) -> list[tuple[Split, int]]:
     """The splits that a run reads, each with the most rows that it reads of it."""
-    out = []
+    out, rule = [], config.server.clustering
+    # Beside batches, rows that profiles are of, and that candidates are scored on where none are held back.
+    beside = rule.profile_rows + (0 if rule.held_back or not rule.scores else rule.assignment_rows * config.rounds)
     for name, task in tasks.items():
         held = [
-            min(len(local.rows), local.steps * config.training.batch_size * config.rounds) + len(local.held)
+            min(len(local.rows), local.steps * config.training.batch_size * config.rounds + beside) + len(local.held)
             for client in clients.values()
             for locals_ in client.slots.values()
             for local in locals_

@@ -194,7 +194,12 @@ def test_values_that_do_not_fit_the_wire_cost_their_client_alone(tmp_path: Path)
 
 def start_process(config: Path, out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "fltac", "run", str(config), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def heed() -> None:
+        """A shell's background job ignores Ctrl-C, and so would all that it starts."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
 
 
 def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:

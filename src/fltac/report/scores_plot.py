@@ -12,6 +12,10 @@ from fltac.report.results import Result
 COLOURS = ("#b8c4d6", "#7f9cc4", "#4d74ad", "#1f4e8c", "#e08e45", "#c7c7c7", "#8f8f8f", "#5e5e5e")
 
 
+LONG_NAME = 16
+"""Letters of a task's name from which names would run into each other, side by side."""
+
+
 def plot_scores(results: Sequence[Result], path: Path) -> None:
     """Draws the figure.
 
@@ -51,7 +55,8 @@ def scores_figure(results: Sequence[Result]) -> Any:
             label = "majority class" if column == 0 else None
             axes.plot(ends, [majority[task]] * 2, color="#c0392b", linewidth=1.4, linestyle="--", label=label)
             lowest = min(lowest, majority[task])
-    axes.set_xticks(range(len(tasks)), labels=tasks)
+    long = max(map(len, tasks)) > LONG_NAME
+    axes.set_xticks(range(len(tasks)), labels=tasks, rotation=20 if long else 0, ha="right" if long else "center")
     if higher_is_better(metrics_of(results, tasks)):
         axes.set_ylim(max(0.0, lowest - 0.1), highest)
         axes.set_ylabel("score")

@@ -27,6 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from vit_student import SIZE, Recipe, Student, as_pixels, build, features, optimizers, set_rates
 
+from fltac.builtin import image_settings
 from fltac.model.backbone import quiet_transformers
 from fltac.paths import expand
 from fltac.runtime.atomic import write_atomic
@@ -202,18 +203,7 @@ def publish(folder: Path, student: Student, facts: dict[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
         student.vit.save_pretrained(folder)
-    settings = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": SIZE, "width": SIZE},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    write_atomic(folder / "preprocessor_config.json", (json.dumps(settings, indent=2) + "\n").encode())
+    write_atomic(folder / "preprocessor_config.json", image_settings(SIZE).encode())
     write_atomic(folder / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
     (folder / "model.safetensors").chmod(0o644)
 

@@ -141,14 +141,12 @@ def _publish(made: Path, folder: Path) -> None:
             raise
 
 
-def save(model: ViTModel, folder: Path) -> None:
-    """Writes ``FILES`` and waits until they are on the disk, since a rename may get there before them."""
-    with quiet_transformers():
-        model.save_pretrained(folder)
+def image_settings(size: int) -> str:
+    """A ViT's ``preprocessor_config.json``: images of ``size`` x ``size`` pixels, values from -1 to 1."""
     settings = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": SIZE, "width": SIZE},
+        "size": {"height": size, "width": size},
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -156,7 +154,14 @@ def save(model: ViTModel, folder: Path) -> None:
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return json.dumps(settings, indent=2) + "\n"
+
+
+def save(model: ViTModel, folder: Path) -> None:
+    """Writes ``FILES`` and waits until they are on the disk, since a rename may get there before them."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(image_settings(SIZE))
     for name in FILES:
         (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
         with (folder / name).open("rb") as file:

@@ -18,12 +18,7 @@ from fltac.runtime import experiment
 from fltac.runtime.progress import Silent
 from fltac.runtime.run_directory import open_existing
 from fltac.server.similarity import flattened
-from reproduce.experiments import order, read, write_experiments
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
-    return write_experiments(tmp_path_factory.mktemp("experiments"), tiny_vit)
+from reproduce.experiments import order, read
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,9 @@ from fltac.reproduce.order import sort_overrides
 from fltac.reproduce.registry import reproduce
 from fltac.runtime import experiment
 from fltac.runtime.progress import Silent
-from reproduce.experiments import order, read, write_experiments
+from reproduce.experiments import order, read
 
 METHODS = "methods=zero,fedit,fltac-paper,oracle"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
-    return write_experiments(tmp_path_factory.mktemp("experiments"), tiny_vit)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,174 @@
+"""Plays the comparison: whole runs of several methods in several regimes, one small file for each.
+
+    python benchmarks/clustering/compare.py rates
+    python benchmarks/clustering/compare.py runs I II --seeds 3 4 5
+
+``rates`` tries three learning rates of each method on a seed of its own; ``runs`` takes the best. What is there already
+is not played again, so this can be stopped at any time and started in several processes on different seeds. Needs
+FLTAC_DATA. ``compared.py`` makes the table and the figures.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import FOLDER
+from regimes import REGIMES, regime_config
+
+from fltac.data.encoded import majority_score
+from fltac.evaluation import clustering_record, score_state
+from fltac.model.prefix import RowKey
+from fltac.records import RoundReport, ServerState
+from fltac.runtime.atomic import write_atomic
+from fltac.runtime.lane_setup import choose_plan
+from fltac.runtime.loop import Record, as_sent, federate
+from fltac.runtime.provenance import code_state, versions
+from fltac.runtime.setup import Experiment, prepare, resolved
+from fltac.runtime.simulation import Simulation
+from fltac.server.round import init_server
+
+OUT = FOLDER.parent / "comparison"
+RATES, RUNS = OUT / "rates", OUT / "runs"
+
+SETUP = [
+    # Two of six layers: what the four below make of a row is then made once for all runs, which takes a third of the
+    # time. Half the config's batch, five rounds of fifty steps.
+    "lora.layers=[4,5]",
+    "federation.rounds=5",
+    "training.steps=50",
+    "training.batch_size=4",
+    "training.threads=1",
+    "training.prefix_cache=16384",
+]
+"""What all runs have in common, beside the regime's own config."""
+
+PROFILES = ["server.clustering.profile_rows=64", "server.clustering.profile_noise=0.01"]
+ADJUSTED = ["training.loss=logit-adjusted"]
+
+METHODS: dict[str, list[str]] = {
+    "zero": ["method=zero"],
+    "local": ["method=local"],
+    "fedit": ["method=fedit"],
+    "fltac-paper": ["method=fltac-paper"],
+    "fltac": [],
+    "fltac+profiles": PROFILES,
+    "fltac+adjusted": ADJUSTED,
+    "fltac+profiles+adjusted": [*PROFILES, *ADJUSTED],
+    "oracle": ["method=oracle"],
+    "central": ["method=central"],
+}
+"""Name in the table to settings."""
+
+CHOSEN = ("local", "fedit", "fltac-paper", "fltac")
+"""Methods whose learning rate is chosen; the oracle and the variants of ``fltac`` take its rate, so that what lies
+between them is the grouping alone, and ``central`` the config's own."""
+TRIED = (1e-3, 2e-3, 4e-3)
+RATE_REGIME, RATE_SEED, RATE_ROUNDS = "I", 0, 3
+ROWS = 400
+"""Validation rows of a task that are scored after the last round."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("rates", "runs"))
+    parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(TRIED))
+    args = parser.parse_args()
+    kept: dict[RowKey, torch.Tensor] = {}
+    if args.what == "rates":
+        for method in [name for name in CHOSEN if name in args.methods]:
+            for rate in args.rates:
+                settings = [f"training.lr={rate}", f"federation.rounds={RATE_ROUNDS}"]
+                play(RATES / f"{method}-lr{rate:g}.json", RATE_REGIME, method, RATE_SEED, settings, kept)
+        return 0
+    for seed in args.seeds:
+        for regime in args.regimes:
+            for method in args.methods:
+                play(RUNS / f"{regime}-{method}-seed{seed}.json", regime, method, seed, rate_of(method), kept)
+    return 0
+
+
+def rate_of(method: str) -> list[str]:
+    """The setting of the learning rate that was best for a method; empty where it keeps the config's."""
+    if method in ("zero", "central"):
+        return []
+    source = method if method in CHOSEN else "fltac"
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RATES.glob(f"{source}-lr*.json")]
+    if len(found) < len(TRIED):
+        raise SystemExit(f"{RATES}: {len(found)} of {len(TRIED)} learning rates of {source} were tried; run `rates`")
+    best = max(found, key=lambda run: (run["mean_score"], -run["lr"]))
+    return [f"training.lr={best['lr']}"]
+
+
+def play(
+    path: Path, regime: str, method: str, seed: int, settings: list[str], kept: dict[RowKey, torch.Tensor]
+) -> None:
+    """Plays one run and writes its file, if it is not there.
+
+    Args:
+        path: Of the file.
+        regime: By name.
+        method: By name.
+        seed: Of the run.
+        settings: What is added to the regime's, the set-up's and the method's.
+        kept: What the frozen layers made of rows in other runs; it grows.
+    """
+    if path.exists():
+        return
+    config = regime_config(regime, seed, [*SETUP, *METHODS[method], *settings])
+    experiment = resolved(prepare(config))
+    if experiment.model.prefix is not None:
+        experiment.model.prefix.kept = kept
+    records, last = played(experiment)
+    config = experiment.config
+    majority = {name: majority_score(task) for name, task in experiment.tasks.items()}
+    record = {
+        "regime": regime,
+        "method": method,
+        "seed": seed,
+        "lr": config.training.lr,
+        **last,
+        "majority": majority,
+        "bytes": {way: sum(record["bytes"][way] for record in records) for way in ("up", "down")},
+        "rounds": records,
+        "slots": len(experiment.holdings),
+        "git": code_state(),
+        "versions": versions(),
+        "config": config.model_dump(),
+    }
+    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+    aris = [f"{item['clustering']['ari']:.2f}" for item in records if item["clustering"]]
+    print(f"{path.name}: {last['mean_score']:.3f}", *aris, flush=True)
+
+
+def played(experiment: Experiment) -> tuple[list[Record], dict[str, Any]]:
+    """Plays a run; its rounds, and the scores after the last."""
+    config, model = experiment.config, experiment.model
+    torch.set_num_threads(config.training.threads or 1)
+    task = next(iter(experiment.tasks.values()))
+    plan = choose_plan(config.training, model, task, config.training.threads or 1)
+    settings, clients = config.server_settings, experiment.clients
+    state = as_sent(init_server(settings, model.body_shapes, experiment.head_shapes, clients), config)
+    simulation = Simulation(clients, model, config, plan, initial=state.initial)
+    groups = experiment.groups if settings.clustering.rule == "given" else None
+
+    def judge(state: ServerState, report: RoundReport, _last: bool) -> Record:
+        return {"clustering": clustering_record(state, report, experiment.holdings)}
+
+    records: list[Record] = []
+    state = federate(
+        state, config.rounds, config, simulation, judge, lambda _, record: records.append(record), groups=groups
+    )
+    scores = score_state(model, state, experiment.holdings, experiment.tasks, config, ROWS)
+    tasks = {name: score.record() for name, score in scores.items()}
+    return records, {"mean_score": float(np.mean([score.score for score in scores.values()])), "tasks": tasks}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

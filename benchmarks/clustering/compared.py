@@ -1,0 +1,184 @@
+"""Writes the comparison's table and its two figures from the runs that ``compare.py`` played.
+
+    python benchmarks/clustering/compared.py
+
+``results/clustering/comparison.md``, ``comparison-ari.svg`` (ARI over the rounds) and ``comparison-bytes.svg`` (score
+against bytes). Takes seconds; trains nothing.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from compare import CHOSEN, METHODS, OUT, RATES, ROWS, RUNS, TRIED
+from matplotlib.figure import Figure
+
+from fltac.report.scores_plot import COLOURS
+from fltac.runtime.atomic import write_atomic
+
+Run = Mapping[str, Any]
+Runs = Mapping[str, Sequence[Run]]
+"""By method, in the order of seeds."""
+
+TABLE = OUT.parent / "comparison.md"
+COLOUR = dict(zip(METHODS, [*COLOURS, "#7d5ba6", "#2e8b57"], strict=True))
+
+
+def main() -> int:
+    regimes = played()
+    lines = [
+        "# Methods compared",
+        "",
+        "Written by `benchmarks/clustering/compared.py` from the files in `comparison/`; do not edit.",
+        "",
+        f"Five GLUE tasks on all-MiniLM-L6-v2, 10 clients, scored on {ROWS} validation rows of a task; K = 5 is given. "
+        "Score: the mean over the tasks of what clients hold after the last round. Regret: what the oracle of the same "
+        "seed scores more. ARI: of all slots' clusters against their tasks, after the first and after the last round. "
+        "±: one standard deviation over the seeds.",
+    ]
+    for regime, runs in regimes.items():
+        lines += ["", f"## Regime {regime}", "", *table(runs)]
+    lines += ["", "## Learning rates", "", *rates()]
+    write_atomic(TABLE, ("\n".join(lines) + "\n").encode())
+    ari_figure(regimes).savefig(TABLE.with_name("comparison-ari.svg"))
+    bytes_figure(regimes).savefig(TABLE.with_name("comparison-bytes.svg"))
+    print(TABLE)
+    return 0
+
+
+def played() -> dict[str, Runs]:
+    """All runs by regime and method, in the methods' order."""
+    found: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(RUNS.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        found[run["regime"]][run["method"]].append(run)
+    return {
+        regime: {method: sorted(runs[method], key=lambda run: run["seed"]) for method in METHODS if method in runs}
+        for regime, runs in sorted(found.items())
+    }
+
+
+def table(runs: Runs) -> list[str]:
+    """One row for each method of a regime."""
+    oracle = {run["seed"]: run["mean_score"] for run in runs.get("oracle", ())}
+    tasks = list(next(iter(runs.values()))[0]["tasks"])
+    lines = [
+        f"| method | seeds | rate | score | regret | {' | '.join(tasks)} | ARI | MB up |",
+        "|---" * (len(tasks) + 7) + "|",
+    ]
+    majority = next(iter(runs.values()))[0]["majority"]
+    each = [f"{majority[task]:.3f}" for task in tasks]
+    lines.append(f"| majority class | | | {np.mean(list(majority.values())):.3f} | | {' | '.join(each)} | | |")
+    for method, own in runs.items():
+        regrets = [oracle[run["seed"]] - run["mean_score"] for run in own if run["seed"] in oracle]
+        cells = [
+            method,
+            " ".join(str(run["seed"]) for run in own),
+            "" if method == "zero" else f"{own[0]['lr']:g}",
+            spread([run["mean_score"] for run in own]),
+            spread(regrets) if regrets and method != "oracle" else "",
+            *(f"{np.mean([run['tasks'][task]['score'] for run in own]):.3f}" for task in tasks),
+            aris(own),
+            f"{np.mean([run['bytes']['up'] for run in own]) / 1e6:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; one value says so."""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f} (one seed)"
+
+
+def curve(run: Run) -> list[float]:
+    """ARI by round; empty where nothing is clustered."""
+    return [number["clustering"]["ari"] for number in run["rounds"] if number["clustering"]]
+
+
+def aris(runs: Sequence[Run]) -> str:
+    """The mean ARI after the first and after the last round, and the least of the last."""
+    curves = [curve(run) for run in runs]
+    if not all(curves) or runs[0]["method"] in ("oracle", "central"):
+        return ""
+    last = [values[-1] for values in curves]
+    return f"{np.mean([values[0] for values in curves]):.2f} → {np.mean(last):.2f} (least {min(last):.2f})"
+
+
+def rates() -> list[str]:
+    """What each learning rate scored on the seed where it was chosen."""
+    lines = [
+        "After three rounds of regime I with seed 0, which is none of the seeds above. The oracle and the variants of "
+        "`fltac` take its rate, `central` the config's.",
+        "",
+        "| method | " + " | ".join(f"{rate:g}" for rate in TRIED) + " |",
+        "|---" * (len(TRIED) + 1) + "|",
+    ]
+    for method in CHOSEN:
+        paths = [RATES / f"{method}-lr{rate:g}.json" for rate in TRIED]
+        cells = [f"{json.loads(path.read_text())['mean_score']:.3f}" if path.exists() else "" for path in paths]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def panels(regimes: Mapping[str, Runs]) -> tuple[Figure, list[Any]]:
+    """A figure with one panel for each regime."""
+    figure = Figure(figsize=(4.2 * len(regimes) + 1.8, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(regimes), squeeze=False, sharey=True)[0]
+    for regime, place in zip(regimes, axes, strict=True):
+        place.set_title(f"regime {regime}", fontsize=10)
+        place.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """One for all panels: a method that only some have is in it, too."""
+    handles = {
+        label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
+
+
+def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
+    """Mean ARI over the rounds, with the span of the seeds."""
+    figure, axes = panels(regimes)
+    for (_, runs), place in zip(regimes.items(), axes, strict=True):
+        for method, own in runs.items():
+            curves = np.array([curve(run) for run in own])
+            if method in ("oracle", "central") or not curves.size:
+                continue
+            rounds = range(1, curves.shape[1] + 1)
+            place.plot(rounds, curves.mean(axis=0), color=COLOUR[method], marker="o", markersize=3, label=method)
+            place.fill_between(rounds, curves.min(0), curves.max(0), color=COLOUR[method], alpha=0.12, linewidth=0)
+        place.set_xlabel("round")
+        place.set_ylim(-0.05, 1.03)
+    axes[0].set_ylabel("ARI against the tasks")
+    legend(figure, axes)
+    return figure
+
+
+def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
+    """Each method's mean score against what its clients upload, with the spread of the seeds."""
+    figure, axes = panels(regimes)
+    for (_, runs), place in zip(regimes.items(), axes, strict=True):
+        for method, own in runs.items():
+            scores, sent = [run["mean_score"] for run in own], [run["bytes"]["up"] / 1e6 for run in own]
+            place.errorbar(
+                np.mean(sent),
+                np.mean(scores),
+                yerr=np.std(scores, ddof=1) if len(scores) > 1 else None,
+                fmt="o",
+                markersize=5,
+                color=COLOUR[method],
+                label=method,
+            )
+        place.set_xlabel("MB uploaded, all clients and rounds")
+    axes[0].set_ylabel("mean score")
+    legend(figure, axes)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

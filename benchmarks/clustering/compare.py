@@ -11,6 +11,7 @@ FLTAC_DATA. ``compared.py`` makes the table and the figures.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,12 @@ METHODS: dict[str, list[str]] = {
     "fedit": ["method=fedit"],
     "fltac-paper": ["method=fltac-paper"],
     "fltac": [],
+    "fltac+auto": ["server.clustering.k=auto"],
     "fltac+profiles": PROFILES,
     "fltac+adjusted": ADJUSTED,
     "fltac+profiles+adjusted": [*PROFILES, *ADJUSTED],
     "oracle": ["method=oracle"],
+    "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],
 }
 """Name in the table to settings."""
@@ -70,27 +73,28 @@ TRIED = (1e-3, 2e-3, 4e-3)
 RATE_REGIME, RATE_SEED, RATE_ROUNDS = "I", 0, 3
 ROWS = 400
 """Validation rows of a task that are scored after the last round."""
+KEPT: dict[RowKey, torch.Tensor] = {}
+"""What the frozen layers made of rows, for all runs of a process; it grows to some gigabytes."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("rates", "runs"))
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []])
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rates", type=float, nargs="+", default=list(TRIED))
-    args = parser.parse_args()
-    kept: dict[RowKey, torch.Tensor] = {}
+    args = parser.parse_args(arguments)
     if args.what == "rates":
         for method in [name for name in CHOSEN if name in args.methods]:
             for rate in args.rates:
                 settings = [f"training.lr={rate}", f"federation.rounds={RATE_ROUNDS}"]
-                play(RATES / f"{method}-lr{rate:g}.json", RATE_REGIME, method, RATE_SEED, settings, kept)
+                play(RATES / f"{method}-lr{rate:g}.json", RATE_REGIME, method, RATE_SEED, settings)
         return 0
     for seed in args.seeds:
         for regime in args.regimes:
             for method in args.methods:
-                play(RUNS / f"{regime}-{method}-seed{seed}.json", regime, method, seed, rate_of(method), kept)
+                play(RUNS / f"{regime}-{method}-seed{seed}.json", regime, method, seed, rate_of(method))
     return 0
 
 
@@ -106,9 +110,7 @@ def rate_of(method: str) -> list[str]:
     return [f"training.lr={best['lr']}"]
 
 
-def play(
-    path: Path, regime: str, method: str, seed: int, settings: list[str], kept: dict[RowKey, torch.Tensor]
-) -> None:
+def play(path: Path, regime: str, method: str, seed: int, settings: list[str]) -> None:
     """Plays one run and writes its file, if it is not there.
 
     Args:
@@ -117,14 +119,13 @@ def play(
         method: By name.
         seed: Of the run.
         settings: What is added to the regime's, the set-up's and the method's.
-        kept: What the frozen layers made of rows in other runs; it grows.
     """
     if path.exists():
         return
     config = regime_config(regime, seed, [*SETUP, *METHODS[method], *settings])
     experiment = resolved(prepare(config))
     if experiment.model.prefix is not None:
-        experiment.model.prefix.kept = kept
+        experiment.model.prefix.kept = KEPT
     records, last = played(experiment)
     config = experiment.config
     majority = {name: majority_score(task) for name, task in experiment.tasks.items()}
@@ -142,6 +143,7 @@ def play(
         "versions": versions(),
         "config": config.model_dump(),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     aris = [f"{item['clustering']['ari']:.2f}" for item in records if item["clustering"]]
     print(f"{path.name}: {last['mean_score']:.3f}", *aris, flush=True)

@@ -24,7 +24,7 @@ Runs = Mapping[str, Sequence[Run]]
 """By method, in the order of seeds."""
 
 TABLE = OUT.parent / "comparison.md"
-COLOUR = dict(zip(METHODS, [*COLOURS, "#7d5ba6", "#2e8b57"], strict=True))
+COLOUR = dict(zip(METHODS, [*COLOURS, "#7d5ba6", "#2e8b57", "#c0392b", "#3b9ea5"], strict=True))
 
 
 def main() -> int:

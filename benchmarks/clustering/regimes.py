@@ -7,6 +7,7 @@ from fltac.config import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GLUE, DIGITS = CONFIGS / "glue-minilm.yaml", CONFIGS / "quickstart.yaml"
+IMAGES, DOLLY = CONFIGS / "paper" / "cifar-vit-small.yaml", CONFIGS / "paper" / "dolly-llama-small.yaml"
 
 REGIMES: dict[str, tuple[Path, list[str]]] = {
     # Dirichlet 0.5, about four of five tasks at a client.
@@ -19,6 +20,10 @@ REGIMES: dict[str, tuple[Path, list[str]]] = {
     "IV": (GLUE, ["federation.partition.client_skew=length"]),
     # Four questions about the same digits.
     "V": (DIGITS, []),
+    # Three tasks of different label spaces from the same images; nothing was ever chosen by this one and the next.
+    "VI": (IMAGES, []),
+    # The eight categories of Dolly: a language model without a head. Other lengths of rows, hardly another language.
+    "VII": (DOLLY, []),
 }
 """By name."""
 

@@ -22,7 +22,7 @@ from fltac.client.memory import give_back
 from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
-from fltac.config.sections import Loss
+from fltac.config.training import Loss
 from fltac.data.augment import Views, seen
 from fltac.data.encoded import EncodedTask, Split
 from fltac.model.lanes import LaneModel

@@ -2,6 +2,7 @@
 
 from fltac.config.aggregation import AggregationConfig
 from fltac.config.clustering import ClusteringConfig
+from fltac.config.data import PartitionConfig, TaskConfig
 from fltac.config.loading import evaluation_settings, load_config, parse_override, read_yaml, to_yaml
 from fltac.config.presets import PRESETS
 from fltac.config.sections import (
@@ -9,15 +10,12 @@ from fltac.config.sections import (
     Config,
     EvaluationConfig,
     FederationConfig,
-    LoraConfig,
     OutputConfig,
-    PartitionConfig,
     ServerConfig,
     ServerSettings,
-    TaskConfig,
-    TrainingConfig,
     WireConfig,
 )
+from fltac.config.training import LoraConfig, TrainingConfig
 
 __all__ = [
     "PRESETS",

@@ -12,8 +12,9 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from fltac.config.base import Positive, Section
+from fltac.config.data import TaskConfig
 from fltac.config.loading import read_yaml, validated
-from fltac.config.sections import Config, Device, TaskConfig
+from fltac.config.sections import Config, Device
 from fltac.errors import InputError
 from fltac.paths import BUILTIN, PACKAGE, expand
 from fltac.records import CLIENT_ID, MOST_SLOTS

@@ -10,10 +10,9 @@ from fltac.config.aggregation import AggregationConfig, aggregation_fault
 from fltac.config.answers import GenerationConfig, JudgeConfig
 from fltac.config.base import Positive, Section, Share
 from fltac.config.clustering import COUNTING, ClusteringConfig, clustering_fault
-from fltac.config.metrics import Metric
+from fltac.config.data import PartitionConfig, TaskConfig
+from fltac.config.training import LoraConfig, TrainingConfig
 
-ClientSkew = Literal["none", "labels", "length"]
-Loss = Literal["plain", "logit-adjusted", "balanced"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
@@ -34,76 +33,6 @@ class BackboneConfig(Section):
     device: Device = "auto"
 
 
-class TaskConfig(Section):
-    """One data set. A preset fills what is not given; see ``fltac.data.tasks``."""
-
-    preset: str | None = None
-    """Name of a preset (sst2, mrpc, qqp, qnli, rte, cola, mnli, stsb, cifar10, cifar10-animal, cifar10-rotation,
-    cifar100, digits-..., dolly-...)."""
-    kind: Literal["text", "image", "causal-lm"] | None = None
-    """``causal-lm``: a language model learns to answer; it has no head, and the loss is on the response alone."""
-    hub: str | None = None
-    """Hub id of a data set; ``subset`` is its configuration."""
-    subset: str | None = None
-    path: str | None = None
-    """A parquet, csv or jsonl file, or a folder (image folder, or ``<split>.parquet`` files); ``${VAR}`` is
-    expanded."""
-    train_split: str = "train"
-    validation_split: str | None = None
-    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training rows kept for validation where the data has no validation split."""
-    validation_path: str | None = None
-    """File with the validation rows, where they lie apart."""
-    columns: list[str] | None = None
-    """One or two text columns, one image column, or (``causal-lm``) instruction, perhaps context, and response."""
-    filter: dict[str, str] | None = None
-    """Only rows that hold these values, by column: ``{category: open_qa}``."""
-    template: Literal["alpaca", "chat"] | None = None
-    """``causal-lm``: how instruction and context become a prompt. ``alpaca``: headed sections; ``chat``: the
-    tokenizer's own chat template. Default: alpaca."""
-    prompt_cut: Literal["left", "right"] | None = None
-    """``causal-lm``: where instruction and context of a row that is too long lose tokens. Default: right."""
-    long_response: Literal["drop", "cut"] | None = None
-    """``causal-lm``: what happens to a row whose response does not fit by itself. Default: drop."""
-    label: str | None = None
-    """Label column."""
-    labels: list[str] | None = None
-    """Class names in the order of their numbers, where the label column holds names."""
-    classes: dict[str, list[str | int]] | None = None
-    """Another label space from the same column: ``{animal: [bird, cat], vehicle: [ship]}`` makes of each group one
-    class, in this order. Every class of the column stands in one group."""
-    transform: Literal["rotate4"] | None = None
-    """``rotate4``: every image is turned by 0, 90, 180 or 270 degrees, a fixed function of split and row, and the turn
-    is its label; the label column is not read."""
-    mirror: bool | None = None
-    """Whether a mirrored image has the same label, so that ``training.augment`` may mirror it; default: yes, but with
-    ``transform``."""
-    metric: Metric | None = None
-    """``pearson`` makes the task a regression with one output; ``loss`` is that of ``causal-lm`` tasks."""
-    max_rows: Positive | None = None
-    """Use the first so many rows of the seeded order of the training rows."""
-    max_validation_rows: Positive | None = None
-    """The same of the validation rows: the rest is never read, nor scored at the end."""
-
-
-class PartitionConfig(Section):
-    """How each task's training rows are split over the clients."""
-
-    rule: Literal["dirichlet", "iid", "label-skew", "table"] = "dirichlet"
-    """``dirichlet``: shares of a task over clients ~ Dirichlet(alpha); ``iid``: equal shares; ``label-skew``:
-    Dirichlet(alpha) for each class of a task; ``table``: the shares in ``table``."""
-    alpha: Annotated[float, Field(gt=0)] = 0.5
-    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """A client whose share of a task is below this gets none of it."""
-    max_tasks_per_client: Positive | None = None
-    client_skew: ClientSkew = "none"
-    """What a client's rows have in common over all its tasks. ``labels``: it keeps each class with a probability of
-    its own, by class number; ``length``: it keeps one quarter of each task's rows, by their length. Other rows are in
-    nobody's hands."""
-    table: dict[str, dict[str, float]] | None = None
-    """``{client: {task: share of that task's rows}}``; the shares of a task sum to at most 1."""
-
-
 class FederationConfig(Section):
     """Who takes part."""
 
@@ -122,95 +51,6 @@ class FederationConfig(Section):
     pool: Literal["none", "sum", "single"] = "none"
     """Not federated: all of a task's rows in one place, trained in one go; ``sum``: with the steps that all the
     task's slots make together over all rounds; ``single``: with the steps of one slot."""
-
-
-class LoraConfig(Section):
-    """Low-Rank Adaptation of the backbone's linear layers (arXiv 2106.09685)."""
-
-    rank: Positive = 1
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: list[str] | None = None
-    """Names of the adapted modules, matched at the end of their path; default: query and value projections."""
-    layers: list[int] | None = None
-    """Indices of the adapted layers; default: all."""
-    ranks: dict[str, Positive] = Field(default_factory=dict)
-    """Ranks of clients (by id) that train fewer than ``rank``; for the rules of aggregation that can mix ranks. The
-    factor in front of B A stays that of ``rank``."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) (arXiv 2312.03732) instead of alpha / rank."""
-
-    @property
-    def scaling(self) -> float:
-        """The factor in front of B A."""
-        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
-
-    def rank_of(self, client: str) -> int:
-        """The rank that a client trains."""
-        return self.ranks.get(client, self.rank)
-
-
-class TrainingConfig(Section):
-    """One slot's local training in one round."""
-
-    adapters: Literal["per-task", "shared"] = "per-task"
-    """``shared``: a client trains one adapter on all its tasks, mixed batch by batch."""
-    heads: Literal["per-shape", "per-task"] = "per-shape"
-    """With shared adapters: one head for each number of outputs, or one for each task (the clients are told)."""
-    trainable: Literal["lora", "all", "none"] = "lora"
-    """``all``: full fine-tuning of the backbone, only with ``federation.pool``; ``none``: no rounds at all."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    full_lr: Annotated[float, Field(gt=0)] = 5e-5
-    """Learning rate where ``trainable`` is ``all``."""
-    steps: Positive | None = None
-    """Optimizer steps of a slot in a round (tau); 20 where neither steps nor epochs is given."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    """Instead of steps: passes over the slot's rows."""
-    batch_size: Positive = 8
-    batching: Literal["shuffled", "length"] = "length"
-    """``length``: the rows that a round visits are batched by length; the same rows as ``shuffled``."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate over the steps of one round."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of SGD."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of one adapter's gradient."""
-    loss: Loss = "plain"
-    """Cross entropy. ``logit-adjusted``: the logarithm of the slot's own label shares is added to the logits
-    (arXiv 2007.07314), so that the adapter need not learn them; ``balanced``: each row weighs inversely to its class's
-    share. A regression's loss is always the squared error."""
-    augment: Literal["none", "crop-flip"] = "none"
-    """Images only. ``crop-flip``: at each visit an image is moved by up to an eighth of its size (the gap gets the mean
-    colour) and, where that keeps the label, mirrored in half of all cases."""
-    prox: Annotated[float, Field(ge=0)] = 0.0
-    """mu of the FedProx term mu/2 |w - w_received|^2 (arXiv 1812.06127)."""
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Of the frozen backbone; adapters, heads and optimizer stay in float32 (float64 with ``float64``). ``auto``:
-    bfloat16 on a processor that multiplies it, else float32. Stored with the run."""
-    lanes: Positive | Literal["auto"] = "auto"
-    """How many adapters train side by side through one pass of the backbone."""
-    packing: Literal["auto"] | bool = "auto"
-    """Put the rows of a pass one after the other instead of padding them; ``auto``: texts on a CPU, where the
-    backbone's attention allows it. Stored with the run, since it changes rounding."""
-    prefix_cache: Annotated[int, Field(ge=0)] = 1024
-    """With ``lora.layers``: MiB for what the frozen layers below the first adapted one make of each row; splits of
-    which all rows that a run visits fit are kept, the smallest first."""
-    threads: Positive | None = None
-    """CPU threads; default: as many as there are cores. Stored with the run, since it changes rounding."""
-
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate before schedule and warm-up."""
-        return self.full_lr if self.trainable == "all" else self.lr
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> "TrainingConfig":
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("give training.steps or training.epochs, not both")
-        return self
 
 
 class ServerConfig(Section):

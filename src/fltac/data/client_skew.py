@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fltac.config.sections import ClientSkew
+from fltac.config.data import ClientSkew
 from fltac.errors import InputError
 from fltac.seeding import generator
 

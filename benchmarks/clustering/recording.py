@@ -69,6 +69,7 @@ class Recording:
         tensors |= {"scores": self.scores.astype(np.float32), "majority": self.majority.astype(np.float32)}
         about = {"facts": json.dumps(self.facts), "clients": json.dumps(self.clients)}
         save_file(tensors, path.with_suffix(".part"), about)
+        path.with_suffix(".part").chmod(0o644)
         path.with_suffix(".part").replace(path)
         return path
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from recording import Gram, Recording
 
 from fltac.server.clustering import group
+from fltac.server.similarity import leading
 
 Kernel = Callable[[Recording], Gram]
 Labels = NDArray[np.int64]
@@ -121,7 +122,34 @@ class Rule:
         return group(self.points(recording, k), k, owners, self.starts, seed)
 
 
-RULES: dict[str, Rule] = {
+@dataclass(frozen=True)
+class Consensus:
+    """Groups by how often slots fall together when the matrices, the head's weight and the dimensions are drawn.
+
+    Attributes:
+        extra: Up to so many eigenvectors more than K.
+        draws: Of a random half of the adapted matrices.
+    """
+
+    extra: int
+    draws: int = 40
+
+    def __call__(self, recording: Recording, k: int, seed: int) -> Labels:
+        """Group numbers ``[n]``."""
+        draw, own = np.random.default_rng(seed), list(recording.clients)
+        each = np.stack([cosine(gram) for gram in recording.grams["product"]])
+        head = cosine(recording.grams["head"].sum(0))
+        together = np.zeros_like(head)
+        for _ in range(self.draws):
+            half = draw.permutation(len(each))[: max(1, len(each) // 2)]
+            kernel = each[half].mean(axis=0) + draw.choice([0.5, 1.0, 2.0]) * head
+            points = leading(kernel, k + int(draw.integers(0, self.extra + 1)))
+            labels = group(points, k, own, 1, int(draw.integers(2**31)))
+            together += labels[:, None] == labels
+        return group(leading(together / self.draws, k), k, own, 20, seed)
+
+
+RULES: dict[str, Rule | Consensus] = {
     "paper": Rule("factors", "all", cannot_link=False, starts=10),
     "paper+head": Rule("factors+head", "all", cannot_link=False, starts=10),
     "factors cosine": Rule("factors-cosine", "all", cannot_link=False),
@@ -149,5 +177,7 @@ RULES: dict[str, Rule] = {
     "b+head": Rule("b+head"),
     "deflated+head": Rule("deflated+head"),
     "squared+head": Rule("squared+head"),
+    "consensus": Consensus(0),
+    "consensus, up to K+4": Consensus(4),
 }
 """By name; ``default`` is what fltac's rule ``spectral`` compares."""

@@ -58,7 +58,7 @@ def make(order: Order, progress: Progress) -> Made:
         refuse_missing("figure4", {"umap": "umap"})
     part, method = overrides.own.get("experiment", "glue"), overrides.own.get("method", "fltac-paper")
     nine = sort_overrides([f"federation.rounds={ROUNDS}", "evaluation.every=0", *overrides.config(part)])
-    run = runs_of(order, part, [method], nine, "figure4")[0]
+    run = runs_of(order, part, [method], nine, f"figure4{order.suffix}")[0]
     recorder = Recorder(run.directory.parent / "uploads" / run.directory.name)
     mark(order)
     run.finish(progress, recorder)

@@ -10,6 +10,7 @@ from fltac.errors import InputError
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = ("small", "paper")
+EXPERIMENT = "experiment="
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Order:
     seeds: int | None
     out: Path
     configs: Path
+
+    @property
+    def suffix(self) -> str:
+        """Stands behind its files' names: the experiment if one is asked for, so that a folder can hold several."""
+        asked = [text.removeprefix(EXPERIMENT) for text in self.overrides if text.startswith(EXPERIMENT)]
+        return f"-{asked[-1]}" if asked else ""
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,14 @@ class Output:
                 )
         return output
 
-    def path(self, ending: str) -> Path:
-        """A file of the item."""
-        return self.order.out / f"{self.order.name}{ending}"
+    def path(self, kind: str, picture: str = "") -> Path:
+        """A file of the item: its kind with the dot, and which of its pictures."""
+        return self.order.out / f"{self.order.name}{picture}{self.order.suffix}{kind}"
 
     def files(self, made: Made) -> list[Path]:
         """All files of the item."""
-        endings = [".json", ".csv", ".md", *(name + kind for name in made.pictures for kind in PICTURES)]
-        return [self.path(ending) for ending in endings]
+        pictures = [self.path(kind, name) for name in made.pictures for kind in PICTURES]
+        return [*(self.path(kind) for kind in (".json", ".csv", ".md")), *pictures]
 
     def write(self, made: Made) -> None:
         """Writes the item, each file as a whole.
@@ -84,14 +84,15 @@ class Output:
         order = self.order
         data = {"name": order.name, "scale": order.scale, "settings": list(order.overrides), "seeds": order.seeds or 1}
         data |= made.data
-        pictures = [link for name in made.pictures for link in ("", f"![{order.name}]({order.name}{name}.svg)")]
-        title = f"# {order.name}, {order.scale} scale"
+        drawn = [self.path(".svg", name).name for name in made.pictures]
+        pictures = [line for name in drawn for line in ("", f"![{order.name}]({name})")]
+        title = f"# {order.name}{order.suffix}, {order.scale} scale"
         text = "\n".join([title, "", markdown_table(made.table), *(f"\n{note}" for note in made.notes), *pictures, ""])
         try:
             mark(order)
             for name, figure in made.pictures.items():
                 for kind in PICTURES:
-                    write_atomic(self.path(name + kind), _drawn(figure, kind))
+                    write_atomic(self.path(kind, name), _drawn(figure, kind))
             write_atomic(self.path(".csv"), _csv(made).encode())
             write_atomic(self.path(".md"), text.encode())
             write_atomic(self.path(".json"), (to_json(data, indent=2) + "\n").encode())

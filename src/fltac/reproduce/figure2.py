@@ -1,7 +1,7 @@
 """Fig. 2: who holds how much of which task, and the methods' scores by task as a radar chart."""
 
 from collections.abc import Mapping, Sequence
-from math import pi
+from math import cos, pi
 from typing import Any
 
 from fltac.config.metrics import LOWER_IS_BETTER
@@ -17,6 +17,8 @@ from fltac.runtime.setup import load_partition
 
 Counts = Mapping[str, Mapping[str, int]]
 """Client to task to training rows."""
+SIDE = 0.1
+"""A task whose direction's cosine is less than this stands above or below the circle, not beside it."""
 
 
 def make(order: Order, progress: Progress) -> Made:
@@ -141,6 +143,8 @@ def _radar(values: Mapping[str, Mapping[str, float]]) -> Any:
     room = 0.1 * (max(shown) - min(shown)) or 0.1
     axes.set_ylim(min(shown) - room, max(shown) + room)
     axes.set_xticks(angles, labels=tasks, fontsize=8)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):  # away from the circle
+        label.set_horizontalalignment("center" if abs(cos(angle)) < SIDE else "left" if cos(angle) > 0 else "right")
     axes.tick_params(axis="y", labelsize=7)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure

@@ -130,8 +130,8 @@ def _radar(values: Mapping[str, Mapping[str, float]]) -> Any:
 
     tasks = list(dict.fromkeys(task for row in values.values() for task in row))
     angles = [2 * pi * number / len(tasks) for number in range(len(tasks))]
-    figure = Figure(figsize=(7.4, 5), layout="constrained")
-    axes = figure.add_subplot(projection="polar")
+    figure = Figure(figsize=(8.6, 5))
+    axes = figure.add_axes((0.2, 0.1, 0.48, 0.8), projection="polar")  # with room for names on both sides
     methods = [method for method in values if method != "majority"]
     for method, row in values.items():
         around = [row.get(task, float("nan")) for task in tasks]
@@ -146,5 +146,5 @@ def _radar(values: Mapping[str, Mapping[str, float]]) -> Any:
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):  # away from the circle
         label.set_horizontalalignment("center" if abs(cos(angle)) < SIDE else "left" if cos(angle) > 0 else "right")
     axes.tick_params(axis="y", labelsize=7)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="upper right", frameon=False, fontsize=8)
     return figure

@@ -17,7 +17,8 @@ from fltac.data.derived import TURNS, quarter_turns
 from fltac.data.encoded import EncodedTask, load_tasks, majority_score
 from fltac.data.image import image_files
 from fltac.data.loading import load_rows
-from fltac.data.tasks import CIFAR10_GROUPS, resolve_task
+from fltac.data.task_presets import CIFAR10_GROUPS
+from fltac.data.tasks import resolve_task
 from fltac.errors import InputError
 
 

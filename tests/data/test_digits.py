@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from fltac.data.digits import POSITIVE, halves, pretraining_rows, task_rows
-from fltac.data.tasks import DIGITS, TASK_PRESETS
+from fltac.data.task_presets import DIGITS, TASK_PRESETS
 
 ANSWERS = {
     #                 0  1  2  3  4  5  6  7  8  9

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fltac.config import TaskConfig
-from fltac.data.tasks import TASK_PRESETS, resolve_task
+from fltac.data.task_presets import TASK_PRESETS
+from fltac.data.tasks import resolve_task
 from fltac.errors import InputError
 
 

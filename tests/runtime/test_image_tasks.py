@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTModel
 import fltac
 from fltac.client.client import plan_jobs
 from fltac.data.encoded import load_tasks
-from fltac.data.tasks import CIFAR10_GROUPS
+from fltac.data.task_presets import CIFAR10_GROUPS
 from fltac.errors import InputError
 from fltac.model.targets import find_targets, layer_shapes
 from fltac.records import Reply, Request, ServerState

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 import numpy as np
-from accumulate import WAYS, replayed
+from accumulate import HYSTERESES, WAYS, kept, replayed
 from film import FILMS
 from profiles import OUT as PROFILES
 from profiles import WEIGHT
@@ -135,6 +135,13 @@ def main() -> int:
         film = json.loads(path.read_text(encoding="utf-8"))
         ways = replayed(path.with_suffix(".safetensors"), len(film["rounds"]))
         cells = [" ".join(f"{ari:.2f}" for ari in ways[way]) for way in WAYS]
+        lines.append(f"| {path.stem} | {' | '.join(cells)} |")
+    lines += ["", "## Hysteresis, replayed on these films: ARI by round (slots that changed their group, in all)", ""]
+    lines += [f"| film | {' | '.join(f'{share:g}' for share in HYSTERESES)} |", "|---" * (len(HYSTERESES) + 1) + "|"]
+    for path in sorted(FILMS.glob("*.json")):
+        film = json.loads(path.read_text(encoding="utf-8"))
+        runs = [kept(path.with_suffix(".safetensors"), len(film["rounds"]), share) for share in HYSTERESES]
+        cells = [f"{' '.join(f'{ari:.2f}' for ari in aris)} ({moved})" for aris, moved in runs]
         lines.append(f"| {path.stem} | {' | '.join(cells)} |")
     lines += profile_tables()
     write_atomic(OUT, ("\n".join(lines) + "\n").encode())

@@ -91,6 +91,26 @@ def test_it_ends_as_the_simulation_and_knows_no_task(owners: Owners, tmp_path: P
             assert not [word for word in SECRETS if word.encode() in path.read_bytes()], path
 
 
+class Said(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_rank_for_a_client_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """Not refused, since the client may come later."""
+    ranked = Owners(tmp_path, "server.aggregation.rule=flexlora", "lora.rank=2", "federation.rounds=1")
+    lora = ranked.config.lora.model_copy(update={"ranks": {"client-0": 1, "cleint-1": 1}})
+    config = ranked.config.model_copy(update={"lora": lora})
+    said = Said()
+    nodes = {file.parent.name: Node.open(config, file) for file in sorted((tmp_path / "data").glob("*/client.yaml"))}
+    coordinate(config, tmp_path / "run", Nodes(nodes), said, {"app": "x"})
+    lines = [line for line in said.lines if line.startswith("lora.ranks")]
+    assert lines == [f"lora.ranks.cleint-1: no client of this id is there; there are {', '.join(sorted(nodes))}"]
+
+
 def test_broken_off_it_goes_on_after_the_last_finished_round(owners: Owners, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         coordinate(owners.config, tmp_path / "run", Nodes(owners.nodes, breaks_at=2), Silent())

@@ -93,6 +93,17 @@ def test_slots_that_nobody_asked_hold_no_cluster_and_are_counted_in_no_folder(tm
     assert counted == {f"cluster-{number}": count for number, count in members.items() if count}
 
 
+def test_the_parameters_of_a_smaller_rank_are_said_apart(tmp_path: Path) -> None:
+    """A body of rank 1 is half of one of rank 2; the head is the same."""
+    mixed = ("server.aggregation.rule=flexlora", "lora.rank=2", "lora.ranks={client-0: 1}", "federation.rounds=1")
+    counts = fltac.run(small("method=fedit", *mixed, "training.steps=1"), tmp_path).summary["trainable_parameters"]
+    (whole,) = [label for label in counts if "rank" not in label]
+    outputs, hidden = map(int, whole.split("x"))
+    head = outputs * hidden + outputs
+    assert counts == {whole: counts[whole], f"{whole} rank 1": head + (counts[whole] - head) // 2}
+    assert counts[whole] > head
+
+
 def test_a_rank_for_a_client_that_there_is_not_is_refused(tmp_path: Path) -> None:
     config = small("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-9: 1}")
     with pytest.raises(InputError, match=r"lora\.ranks\.client-9: no client has this id; there are client-0, client-1"):

@@ -75,7 +75,7 @@ def coordinate(
         federation = Federation(post, config, reference, progress.message)
         state = last_state(directory)
         if state is None:
-            state = _first_state(experiment, federation)
+            state = _first_state(experiment, federation, progress)
             keep_first(directory, state)
         elif state.round_number:
             progress.message(f"{path}: goes on after round {state.round_number}")
@@ -115,9 +115,12 @@ def kind_of(config: Config) -> Kind:
     return "image" if hasattr(architecture, "image_size") else "text"
 
 
-def _first_state(experiment: Experiment, federation: Federation) -> ServerState:
+def _first_state(experiment: Experiment, federation: Federation, progress: Progress) -> ServerState:
     """v0 for those who are there when the run begins; heads that only later clients bring are drawn when they come."""
     present = federation.present()
+    there = sorted(item.client for item in present)
+    for client in sorted(set(experiment.config.lora.ranks) - set(there)):  # It may come later, or be misspelt.
+        progress.message(f"lora.ranks.{client}: no client of this id is there; there are {', '.join(there)}")
     heads = {key: shape for item in present for own in item.heads.values() for key, shape in own.items()}
     settings, shapes = experiment.config.server_settings, experiment.model.body_shapes
     state = init_server(settings, shapes, dict(sorted(heads.items())), [item.client for item in present])

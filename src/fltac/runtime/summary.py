@@ -117,7 +117,11 @@ def _slot_steps(experiment: Experiment) -> int:
 
 
 def _trainable_parameters(experiment: Experiment) -> dict[str, int]:
-    """Parameters of one slot's adapter, by the shapes of the heads it holds; without factors that are never trained."""
+    """Parameters of one slot's adapter, by the shapes of the heads it holds, and by rank where a client has fewer.
+
+    Factors that are never trained do not count.
+    """
+    lora = experiment.config.lora
     aggregation = experiment.config.server.aggregation
     never = aggregation.frozen(1) if aggregation.frozen(1) == aggregation.frozen(2) else None
     body = experiment.model.body_shapes.items()
@@ -127,7 +131,9 @@ def _trainable_parameters(experiment: Experiment) -> dict[str, int]:
         for locals_ in client.slots.values():
             keys = {local.head_key: experiment.head_shapes[local.head_key] for local in locals_ if local.head_key}
             label = "+".join(f"{outputs}x{hidden}" for outputs, hidden in sorted(keys.values())) or "none"
-            out[label] = size + sum(outputs * hidden + outputs for outputs, hidden in keys.values())
+            rank = lora.rank_of(client.id)
+            label += "" if rank == lora.rank else f" rank {rank}"
+            out[label] = size * rank // lora.rank + sum(outputs * hidden + outputs for outputs, hidden in keys.values())
     return dict(sorted(out.items()))
 
 

@@ -8,6 +8,7 @@ rounds of the filmed runs. Takes minutes on one core; trains nothing.
 
 import json
 import sys
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,7 @@ from fltac.server.choosing import choose_k
 from fltac.server.similarity import leading
 
 OUT = FOLDER.parent / "lab.md"
+QUICKSTART = OUT.parents[1] / "quickstart-20"
 STARTS = 20
 RIDGE = 0.5
 """Of the classifier, on a kernel whose diagonal is 2."""
@@ -87,6 +89,23 @@ def profile_tables() -> list[str]:
     return lines
 
 
+def quickstart_table() -> list[str]:
+    """The quickstart's runs on many seeds: how many have each task in a cluster of its own after the last round."""
+    lines = ["", "## Quickstart on many seeds", "", "| runs | seeds | ARI 1.00 | least ARI | K found | mean score |"]
+    lines.append("|---" * 6 + "|")
+    for folder in sorted(path for path in QUICKSTART.iterdir() if path.is_dir()):
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*/summary.json"))]
+        aris = [run["clustering"]["ari"] for run in runs]
+        found = " ".join(
+            f"{k}: {count}" for k, count in sorted(Counter(run["clustering"]["k"] for run in runs).items())
+        )
+        scores = [run["mean_score"] for run in runs]
+        right = sum(ari > 1 - 1e-9 for ari in aris)
+        spread = f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
+        lines.append(f"| {folder.name} | {len(runs)} | {right} | {min(aris):.2f} | {found} | {spread} |")
+    return lines
+
+
 def main() -> int:
     recordings = load_all(FOLDER)
     lines = [
@@ -144,6 +163,7 @@ def main() -> int:
         cells = [f"{' '.join(f'{ari:.2f}' for ari in aris)} ({moved})" for aris, moved in runs]
         lines.append(f"| {path.stem} | {' | '.join(cells)} |")
     lines += profile_tables()
+    lines += quickstart_table()
     write_atomic(OUT, ("\n".join(lines) + "\n").encode())
     print(OUT)
     return 0

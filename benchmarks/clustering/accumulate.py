@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 from recording import Gram, Recording
-from rules import cosine
+from rules import agreeing, cosine
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.server.clustering import Points, group, keep_or_move
 from fltac.server.similarity import leading
 
-WAYS = ("sum", "scaled", "mean", "last")
-"""Changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone."""
+WAYS = ("sum", "scaled", "mean", "last", "agreeing")
+"""Changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone; summed, with
+matrices weighted by how well they agree."""
 DRAWS = 4
 HYSTERESES = (0.0, 0.02, 0.05, 0.1, 0.2)
 
@@ -58,8 +59,9 @@ def replayed(path: Path, rounds: int) -> dict[str, list[float]]:
 
 def points_of(film: Recording, rounds: int, upto: int, way: str, k: int) -> Points:
     """What is clustered after some rounds: ``[n, k]``."""
-    body = np.mean([kernel_of(gram, rounds, upto, way) for gram in film.grams["product"]], axis=0)
-    return leading(body + kernel_of(film.grams["head"].sum(0), rounds, upto, way), k)
+    each = np.stack([kernel_of(gram, rounds, upto, way) for gram in film.grams["product"]])
+    head = kernel_of(film.grams["head"].sum(0), rounds, upto, way)
+    return leading((agreeing(each, head) if way == "agreeing" else each.mean(axis=0)) + head, k)
 
 
 def kept(path: Path, rounds: int, share: float) -> tuple[list[float], int]:

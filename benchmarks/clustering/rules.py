@@ -53,6 +53,28 @@ def without_clients(kernel: Gram, clients: tuple[str, ...], share: float = 1.0) 
     return np.asarray(h @ kernel @ h.T)
 
 
+def agreeing(each: Gram, head: Gram) -> Gram:
+    """The mean of the matrices' kernels ``[parts, n, n]``, each weighted by how well it agrees with all others.
+
+    Agreement: the correlation of its cosines with the mean of the other matrices' and the head's, none below 0.
+    """
+    pairs = np.triu_indices(each.shape[1], 1)
+    rows = np.stack([kernel[pairs] for kernel in (*each, head)])
+    weights = np.zeros(len(each))
+    for number in range(len(each)):
+        others = np.delete(rows, number, axis=0).mean(axis=0)
+        if rows[number].std() > 0 and others.std() > 0:
+            weights[number] = max(0.0, float(np.corrcoef(rows[number], others)[0, 1]))
+    return np.asarray(np.average(each, axis=0, weights=weights if weights.any() else None))
+
+
+def agreeing_matrices(recording: Recording) -> Gram:
+    """With the head's cosine."""
+    each = np.stack([cosine(gram) for gram in recording.grams["product"]])
+    head = cosine(recording.grams["head"].sum(0))
+    return agreeing(each, head) + head
+
+
 KERNELS: dict[str, Kernel] = {
     "factors": lambda r: r.grams["a"].sum(0) + r.grams["b"].sum(0),
     "factors+head": lambda r: r.grams["a"].sum(0) + r.grams["b"].sum(0) + r.grams["head"].sum(0),
@@ -74,6 +96,7 @@ KERNELS: dict[str, Kernel] = {
         np.mean([cosine(gram) ** 2 for gram in r.grams["product"]], axis=0) + cosine(r.grams["head"].sum(0)) ** 2
     ),
     "b+head": lambda r: by_matrix(r.grams["b"]) + cosine(r.grams["head"].sum(0)),
+    "agreeing+head": agreeing_matrices,
 }
 
 
@@ -166,7 +189,9 @@ RULES: dict[str, Rule | Consensus] = {
     "default, centred K": Rule("by-matrix+head", 0, centre=True),
     "default, rows": Rule("by-matrix+head", rows=True),
     "default, centred K-1, rows": Rule("by-matrix+head", -1, centre=True, rows=True),
+    "default, K+1": Rule("by-matrix+head", 1),
     "default, K+2": Rule("by-matrix+head", 2),
+    "default, K+3": Rule("by-matrix+head", 3),
     "default, client": Rule("by-matrix+head", client=1.0),
     "default, client, K-1": Rule("by-matrix+head", -1, client=1.0, centre=True),
     "default, half client": Rule("by-matrix+head", client=0.5),
@@ -177,6 +202,7 @@ RULES: dict[str, Rule | Consensus] = {
     "b+head": Rule("b+head"),
     "deflated+head": Rule("deflated+head"),
     "squared+head": Rule("squared+head"),
+    "agreeing matrices": Rule("agreeing+head"),
     "consensus": Consensus(0),
     "consensus, up to K+4": Consensus(4),
 }

@@ -13,24 +13,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from film import first_state, played
 from record import FOLDER
 from regimes import REGIMES, regime_config
 
 from fltac.data.encoded import majority_score
-from fltac.evaluation import clustering_record, score_state
 from fltac.model.prefix import RowKey
-from fltac.records import RoundReport, ServerState
 from fltac.runtime.atomic import write_atomic
-from fltac.runtime.lane_setup import choose_plan
-from fltac.runtime.loop import Record, as_sent, federate
 from fltac.runtime.provenance import code_state, versions
-from fltac.runtime.setup import Experiment, prepare, resolved
-from fltac.runtime.simulation import Simulation
-from fltac.server.round import init_server
+from fltac.runtime.setup import prepare, resolved
 
 OUT = FOLDER.parent / "comparison"
 RATES, RUNS = OUT / "rates", OUT / "runs"
@@ -126,7 +119,7 @@ def play(path: Path, regime: str, method: str, seed: int, settings: list[str]) -
     experiment = resolved(prepare(config))
     if experiment.model.prefix is not None:
         experiment.model.prefix.kept = KEPT
-    records, last = played(experiment)
+    records, last = played(experiment, first_state(experiment), ROWS)
     config = experiment.config
     majority = {name: majority_score(task) for name, task in experiment.tasks.items()}
     record = {
@@ -147,29 +140,6 @@ def play(path: Path, regime: str, method: str, seed: int, settings: list[str]) -
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
     aris = [f"{item['clustering']['ari']:.2f}" for item in records if item["clustering"]]
     print(f"{path.name}: {last['mean_score']:.3f}", *aris, flush=True)
-
-
-def played(experiment: Experiment) -> tuple[list[Record], dict[str, Any]]:
-    """Plays a run; its rounds, and the scores after the last."""
-    config, model = experiment.config, experiment.model
-    torch.set_num_threads(config.training.threads or 1)
-    task = next(iter(experiment.tasks.values()))
-    plan = choose_plan(config.training, model, task, config.training.threads or 1)
-    settings, clients = config.server_settings, experiment.clients
-    state = as_sent(init_server(settings, model.body_shapes, experiment.head_shapes, clients), config)
-    simulation = Simulation(clients, model, config, plan, initial=state.initial)
-    groups = experiment.groups if settings.clustering.rule == "given" else None
-
-    def judge(state: ServerState, report: RoundReport, _last: bool) -> Record:
-        return {"clustering": clustering_record(state, report, experiment.holdings)}
-
-    records: list[Record] = []
-    state = federate(
-        state, config.rounds, config, simulation, judge, lambda _, record: records.append(record), groups=groups
-    )
-    scores = score_state(model, state, experiment.holdings, experiment.tasks, config, ROWS)
-    tasks = {name: score.record() for name, score in scores.items()}
-    return records, {"mean_score": float(np.mean([score.score for score in scores.values()])), "tasks": tasks}
 
 
 if __name__ == "__main__":

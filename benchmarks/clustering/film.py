@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,23 @@ from regimes import REGIMES, regime_config
 
 from fltac.config import Config
 from fltac.evaluation import clustering_record, score_state
-from fltac.records import HEAD, LORA_A, LORA_B, Adapter, head_keys, lora_modules
+from fltac.records import (
+    HEAD,
+    LORA_A,
+    LORA_B,
+    Adapter,
+    Reply,
+    RoundReport,
+    ServerState,
+    head_keys,
+    lora_modules,
+)
 from fltac.runtime.lane_setup import choose_plan
-from fltac.runtime.loop import as_sent
+from fltac.runtime.loop import Record, Watch, as_sent, federate
 from fltac.runtime.provenance import code_state, versions
-from fltac.runtime.setup import prepare, resolved
+from fltac.runtime.setup import Experiment, prepare, resolved
 from fltac.runtime.simulation import Simulation
-from fltac.server.round import finish_round, init_server, plan_round
+from fltac.server.round import init_server
 
 FILMS = FOLDER.parent / "films"
 
@@ -55,31 +66,26 @@ def main() -> int:
 def play(config: Config, name: str, rows: int, out: Path) -> None:
     """Plays a run; writes its uploads (``.safetensors``, as one recording of rounds times slots) and its rounds."""
     experiment = resolved(prepare(config))
-    config, settings = experiment.config, experiment.config.server_settings
-    torch.set_num_threads(config.training.threads or 1)
-    task = next(iter(experiment.tasks.values()))
-    plan = choose_plan(config.training, experiment.model, task, config.training.threads or 1)
-    simulation = Simulation(experiment.clients, experiment.model, config, plan)
-    state = init_server(settings, experiment.model.body_shapes, experiment.head_shapes, experiment.clients)
+    config = experiment.config
     tasks = {holding.key: holding.task for holding in experiment.holdings}
     keys = sorted(tasks)
-    groups = experiment.groups if settings.clustering.rule == "given" else None
+    before = first = first_state(experiment)
     pairs: list[tuple[Adapter, Adapter]] = []
-    rounds = []
-    for number in range(1, config.federation.rounds + 1):
-        requests = plan_round(state, settings)
-        began = {key: state.received(key) for key in keys}
-        exchange = simulation.exchange(requests)
-        uploads = {update.key: update.adapter for reply in exchange.replies for update in reply.updates}
-        pairs += [(began[key], uploads[key]) for key in keys]
-        state, report = finish_round(state, requests, exchange.replies, settings, groups)
-        state = as_sent(state, config)
-        found = clustering_record(state, report, experiment.holdings)
+    labels: list[list[int]] = []
+
+    def watch(state: ServerState, replies: Sequence[Reply]) -> None:
+        nonlocal before
+        uploads = {update.key: update.adapter for reply in replies for update in reply.updates}
+        pairs.extend((before.received(key), uploads[key]) for key in keys)
         assignment = state.assignment()
-        labels = [assignment.get(key, -1) for key in keys]
-        rounds.append({"round": number, "clustering": found, "loss": exchange.loss, "labels": labels})
-        print(name, rounds[-1]["clustering"], file=sys.stderr, flush=True)
-    scored = score_state(experiment.model, state, experiment.holdings, experiment.tasks, config, rows)
+        labels.append([assignment.get(key, -1) for key in keys])
+        before = state
+
+    records, scored = played(experiment, first, rows, watch)
+    rounds = [
+        {"round": record["round"], "clustering": record["clustering"], "loss": record["loss"], "labels": own}
+        for record, own in zip(records, labels, strict=True)
+    ]
     names = list(experiment.tasks)
     count = len(keys) * len(rounds)
     film = Recording(
@@ -89,18 +95,50 @@ def play(config: Config, name: str, rows: int, out: Path) -> None:
         np.zeros(count, dtype=np.int64),
         np.full(count, np.nan),
         np.full(count, np.nan),
-        change_grams(state.initial, pairs),
+        change_grams(first.initial, pairs),
     )
     out.mkdir(parents=True, exist_ok=True)
     film.save_as(out / f"{name}.safetensors")
-    record = {
-        "film": film.facts,
-        "mean_score": float(np.mean([score.score for score in scored.values()])),
-        "tasks": {task: score.record() for task, score in scored.items()},
-        "rounds": rounds,
-        "config": config.model_dump(),
-    }
+    record = {"film": film.facts, **scored, "rounds": rounds, "config": config.model_dump()}
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{name}: {scored['mean_score']:.3f}", *(f"{own['clustering']['ari']:.2f}" for own in rounds), file=sys.stderr)
+
+
+def first_state(experiment: Experiment) -> ServerState:
+    """v0 and nobody's cluster."""
+    config, shapes = experiment.config, experiment.model.body_shapes
+    return as_sent(init_server(config.server_settings, shapes, experiment.head_shapes, experiment.clients), config)
+
+
+def played(
+    experiment: Experiment, state: ServerState, rows: int, watch: Watch | None = None
+) -> tuple[list[Record], dict[str, Any]]:
+    """Plays a run; its rounds with what was clustered, and the scores after the last.
+
+    Args:
+        experiment: The run's parts.
+        state: From :func:`first_state`.
+        rows: Validation rows of a task that are scored.
+        watch: Told of each round.
+    """
+    config, model = experiment.config, experiment.model
+    torch.set_num_threads(config.training.threads or 1)
+    task = next(iter(experiment.tasks.values()))
+    plan = choose_plan(config.training, model, task, config.training.threads or 1)
+    simulation = Simulation(experiment.clients, model, config, plan, initial=state.initial)
+    groups = experiment.groups if config.server.clustering.rule == "given" else None
+    records: list[Record] = []
+
+    def judge(state: ServerState, report: RoundReport, _last: bool) -> Record:
+        return {"clustering": clustering_record(state, report, experiment.holdings)}
+
+    def keep(_state: ServerState, record: Record) -> None:
+        records.append(record)
+
+    state = federate(state, config.rounds, config, simulation, judge, keep, groups=groups, watch=watch)
+    scores = score_state(model, state, experiment.holdings, experiment.tasks, config, rows)
+    tasks = {name: score.record() for name, score in scores.items()}
+    return records, {"mean_score": float(np.mean([score.score for score in scores.values()])), "tasks": tasks}
 
 
 def change_grams(initial: Adapter, pairs: Sequence[tuple[Adapter, Adapter]]) -> dict[str, np.ndarray]:

@@ -101,7 +101,8 @@ def play(config: Config, name: str, rows: int, out: Path) -> None:
     film.save_as(out / f"{name}.safetensors")
     record = {"film": film.facts, **scored, "rounds": rounds, "config": config.model_dump()}
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{name}: {scored['mean_score']:.3f}", *(f"{own['clustering']['ari']:.2f}" for own in rounds), file=sys.stderr)
+    aris = [f"{own['clustering']['ari']:.2f}" for own in rounds if own["clustering"]]
+    print(f"{name}: {scored['mean_score']:.3f}", *aris, file=sys.stderr, flush=True)
 
 
 def first_state(experiment: Experiment) -> ServerState:

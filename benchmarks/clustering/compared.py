@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from compare import CHOSEN, METHODS, OUT, RATES, ROWS, RUNS, TRIED
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from fltac.report.scores_plot import COLOURS
 from fltac.runtime.atomic import write_atomic
 
 Run = Mapping[str, Any]
@@ -24,7 +24,20 @@ Runs = Mapping[str, Sequence[Run]]
 """By method, in the order of seeds."""
 
 TABLE = OUT.parent / "comparison.md"
-COLOUR = dict(zip(METHODS, [*COLOURS, "#7d5ba6", "#2e8b57", "#c0392b", "#3b9ea5"], strict=True))
+COLOUR = {
+    "zero": "#bbbbbb",
+    "local": "#7f9cc4",
+    "fedit": "#8c6d31",
+    "fltac-paper": "#c0392b",
+    "fltac": "#1f4e8c",
+    "fltac+auto": "#e377c2",
+    "fltac+profiles": "#2e8b57",
+    "fltac+adjusted": "#7d5ba6",
+    "fltac+profiles+adjusted": "#3b9ea5",
+    "oracle": "#e08e45",
+    "oracle+adjusted": "#b5651d",
+    "central": "#555555",
+}
 
 
 def main() -> int:
@@ -34,12 +47,12 @@ def main() -> int:
         "",
         "Written by `benchmarks/clustering/compared.py` from the files in `comparison/`; do not edit.",
         "",
-        f"Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (`fedit`: 5) in the last two of six layers; 5 "
-        f"rounds of 50 steps of 4 rows; scored on {ROWS} validation rows of a task; K = 5 is given. Score: the mean over "
-        "the tasks of what clients hold after the last round. Regret: what the oracle of the same seed scores more. ARI: "
-        "of all slots' clusters against their tasks, after the first and after the last round. ±: one standard deviation "
-        "over the seeds; rows of other seeds are compared by their regret alone. The majority class's are of all "
-        "validation rows.",
+        "Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (`fedit`: 5) in the last two of six layers; "
+        f"5 rounds of 50 steps of 4 rows; scored on {ROWS} validation rows of a task; K = 5 is given. Score: the mean "
+        "over the tasks of what clients hold after the last round. Regret: what the oracle of the same seed scores "
+        "more. ARI: of all slots' clusters against their tasks, after the first and after the last round. ±: one "
+        "standard deviation over the seeds; rows of other seeds are compared by their regret alone. The majority "
+        "class's are of all validation rows.",
     ]
     for regime, runs in regimes.items():
         lines += ["", f"## Regime {regime}", "", *table(runs)]
@@ -155,6 +168,7 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
             place.plot(rounds, curves.mean(axis=0), color=COLOUR[method], marker="o", markersize=3, label=method)
             place.fill_between(rounds, curves.min(0), curves.max(0), color=COLOUR[method], alpha=0.12, linewidth=0)
         place.set_xlabel("round")
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.set_ylim(-0.05, 1.03)
     axes[0].set_ylabel("ARI against the tasks")
     legend(figure, axes)
@@ -162,22 +176,21 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
 
 
 def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
-    """Each method's mean score against what its clients upload, with the spread of the seeds."""
+    """Each method's score, less the oracle's of the same seed, against what its clients upload; mean and spread."""
     figure, axes = panels(regimes)
     for (_, runs), place in zip(regimes.items(), axes, strict=True):
+        oracle = {run["seed"]: run["mean_score"] for run in runs.get("oracle", ())}
         for method, own in runs.items():
-            scores, sent = [run["mean_score"] for run in own], [run["bytes"]["up"] / 1e6 for run in own]
-            place.errorbar(
-                np.mean(sent),
-                np.mean(scores),
-                yerr=np.std(scores, ddof=1) if len(scores) > 1 else None,
-                fmt="o",
-                markersize=5,
-                color=COLOUR[method],
-                label=method,
-            )
+            paired = [run for run in own if run["seed"] in oracle]
+            if not paired:
+                continue
+            gains = [run["mean_score"] - oracle[run["seed"]] for run in paired]
+            sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
+            spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
+            place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt="o", color=COLOUR[method], label=method)
+        place.axhline(0, color="#999999", linewidth=0.8, linestyle="--")
         place.set_xlabel("MB uploaded, all clients and rounds")
-    axes[0].set_ylabel("mean score")
+    axes[0].set_ylabel("mean score less the oracle's")
     legend(figure, axes)
     return figure
 

@@ -180,6 +180,10 @@ def test_a_late_update_of_a_round_without_choice_counts_where_its_slot_is_or_not
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["method=fedit", "server.aggregation.weighting=confidence"],
+            r"weighting: got 'confidence' with rule=single; allowed with kmeans and spectral",
+        ),
         (["method=ifca", "server.clustering.assign=loss"], r"assign: got 'loss' with rule=ifca; allowed with kmeans"),
         (["server.clustering.assign=loss", "server.clustering.assign_from=1"], r"assign_from: got 1"),
         (["server.clustering.held_back=0.2"], r"held_back needs rule=ifca or assign=loss"),

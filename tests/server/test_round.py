@@ -55,6 +55,24 @@ def test_mean_by_hand_weighted_and_not() -> None:
     assert value(uniform.clusters[0]) == 3.0
 
 
+def test_mean_by_hand_weighted_by_confidence() -> None:
+    # On a line: 0 and 2 are one cluster, 10 and 12 the other. A slot's own mean is that of the rest of its cluster.
+    places = {"a": (0, 1), "b": (2, 3), "c": (10, 1), "d": (12, 1)}
+    replies = [reply(client, adapter(at, 0), examples=rows) for client, (at, rows) in places.items()]
+    found = play(state(*"abcd"), replies, *KMEANS, "server.aggregation.weighting=confidence")
+    outer, inner = 1 - 2 / 11, 1 - 2 / 9
+    assert value(found.clusters[0]) == pytest.approx((outer * 0 + 3 * inner * 2) / (outer + 3 * inner))
+    assert value(found.clusters[1]) == pytest.approx((inner * 10 + outer * 12) / (inner + outer))
+    plain = play(state(*"abcd"), replies, *KMEANS, "server.aggregation.weighting=examples")
+    assert value(plain.clusters[0]) == 1.5
+
+
+def test_doubtful_members_alone_are_their_mean() -> None:
+    replies = [reply("a", adapter(1, 0)), reply("b", adapter(1, 0)), reply("c", adapter(1, 0))]
+    found = play(state(*"abc"), replies, *KMEANS, "server.aggregation.weighting=confidence")
+    assert {value(cluster) for cluster in found.clusters if cluster.members} == {1.0}
+
+
 def test_heads_of_different_keys_are_never_mixed() -> None:
     found = mean_adapter([adapter(1, 1, 2), adapter(3, 3, 4, key="1", outputs=1), adapter(5, 5, 8)], [1, 1, 3])
     assert found["m.lora_A"][0, 0] == pytest.approx((1 + 3 + 15) / 5)

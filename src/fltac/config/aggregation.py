@@ -23,8 +23,9 @@ class AggregationConfig(Section):
     HetLoRA, 2401.06432); ``flexlora``: SVD of the mean product (FlexLoRA, 2402.11505); ``flora``: stacking into the
     frozen weights (FLoRA, 2409.05976); ``fedex``: mean, and what it misses into the frozen weights (FedEx-LoRA,
     2410.09432). What each sends and costs: ``server.aggregation.rules``."""
-    weighting: Literal["examples", "uniform"] = "examples"
-    """``examples``: by data size (Eq. 2 of the paper); ``uniform``: unweighted (its Algorithm 3)."""
+    weighting: Literal["examples", "uniform", "confidence"] = "examples"
+    """``examples``: by data size (Eq. 2 of the paper); ``uniform``: unweighted (its Algorithm 3); ``confidence``
+    (``kmeans`` and ``spectral``): by data size times how sure a slot's cluster is: doubtful members say less."""
     optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
     """What takes a cluster from what it held towards its members' mean: ``none``: there at once; ``fedavgm``: with
     momentum (arXiv 1909.06335); ``fedadam``: Adam on the server (arXiv 2003.00295)."""

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fltac.config.aggregation import AggregationConfig
 from fltac.config.base import Positive, Section
 
 COUNTING = ("cfl", "fedlease")
@@ -73,15 +74,17 @@ class ClusteringConfig(Section):
         return self.rule == "ifca" or (self.assign == "loss" and round_number >= self.assign_from)
 
 
-def clustering_fault(config: ClusteringConfig, aggregation: str, pooled: bool) -> str | None:
+def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, pooled: bool) -> str | None:
     """Says in one line which other setting a rule cannot be used with; None if all is well.
 
     Args:
         config: The rule.
-        aggregation: The name of the rule of aggregation.
+        merging: How the members of a cluster become one adapter.
         pooled: Whether nothing is federated.
     """
-    rule = config.rule
+    rule, aggregation = config.rule, merging.rule
+    if merging.weighting == "confidence" and rule not in ("kmeans", "spectral"):
+        return f"server.aggregation.weighting: got 'confidence' with rule={rule}; allowed with kmeans and spectral"
     if config.k == "auto" and rule in ("kmeans", "random", "ifca"):
         return f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral"
     if config.assign == "loss" and rule not in ("kmeans", "spectral"):

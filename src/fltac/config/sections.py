@@ -166,7 +166,7 @@ class Config(Section):
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
             )
-        fault = clustering_fault(grouping, self.server.aggregation.rule, self.pooled)
+        fault = clustering_fault(grouping, self.server.aggregation, self.pooled)
         if fault is not None:
             raise ValueError(fault)
         lora, trainable = self.lora, self.training.trainable

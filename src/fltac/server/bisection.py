@@ -58,7 +58,7 @@ def bisect_clusters(evidence: Evidence, settings: ServerSettings) -> Grouping:
         if own:
             bases = [evidence.began[update.key] for update in own]
             products = inner_products([update.adapter for update in own], bases, state.initial, head)
-            norms = update_norms(products, weights_of(own, settings.aggregation.weighting))
+            norms = update_norms(products, weights_of(own, settings.aggregation.weighting, {}))
             largest[cluster.id] = max(largest[cluster.id], norms.mean)
             if _pulls_apart(norms, largest[cluster.id], settings.clustering):
                 away = smaller_half(bisect(cosines(products)))

@@ -126,7 +126,7 @@ def _groups(
     fresh: Adapter,
 ) -> dict[int, _Group]:
     """The groups by their labels, in the order of their first slots."""
-    weights = weights_of(updates, settings.aggregation.weighting)
+    weights = weights_of(updates, settings.aggregation.weighting, grouping.confidence)
     by_key = {update.key: (update, weight) for update, weight in zip(updates, weights, strict=True)}
     received = received_by(state)
     slots: dict[int, list[SlotKey]] = {}

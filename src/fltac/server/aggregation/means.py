@@ -1,20 +1,39 @@
 """Weighted means of adapters, tensor by tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fltac.records import Adapter, FloatArray, Update
+from fltac.records import Adapter, FloatArray, SlotKey, Update
 
 BLOCK = 128
 """Adapters gathered at a time."""
+DOUBTFUL = 0.02
+"""The least confidence that a member is weighted by: a cluster of nothing but doubtful members is their mean."""
 
 
-def weights_of(updates: Sequence[Update], weighting: Literal["examples", "uniform"]) -> list[float]:
-    """By data size (Eq. 2 of arXiv 2404.15384) or equal (its Algorithm 3); not normalised."""
-    return [float(update.examples) if weighting == "examples" else 1.0 for update in updates]
+def weights_of(
+    updates: Sequence[Update],
+    weighting: Literal["examples", "uniform", "confidence"],
+    confidence: Mapping[SlotKey, float],
+) -> list[float]:
+    """Weights of members of clusters; not normalised.
+
+    Args:
+        updates: The members'.
+        weighting: ``examples``: by data size (Eq. 2 of arXiv 2404.15384); ``uniform``: equal (its Algorithm 3);
+            ``confidence``: by data size times confidence, which counts as at least ``DOUBTFUL``.
+        confidence: Of slots in their clusters (``server.choosing.confidence``); one that is not there counts whole.
+    """
+    if weighting == "uniform":
+        return [1.0] * len(updates)
+    weights = [float(update.examples) for update in updates]
+    if weighting == "examples":
+        return weights
+    sure = [max(DOUBTFUL, confidence.get(update.key, 1.0)) for update in updates]
+    return [weight * share for weight, share in zip(weights, sure, strict=True)]
 
 
 def mean_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, FloatArray]:

@@ -184,6 +184,12 @@ def test_a_late_update_of_a_round_without_choice_counts_where_its_slot_is_or_not
             ["method=fedit", "server.aggregation.weighting=confidence"],
             r"weighting: got 'confidence' with rule=single; allowed with kmeans and spectral",
         ),
+        (
+            ["method=fedsa-lora", "server.aggregation.from_round=2"],
+            r"from_round: got 2 with rule=fedsa and optimizer=none",
+        ),
+        (["server.aggregation.from_round=6"], r"from_round: got 6; at most federation.rounds=5"),
+        (["method=ifca", "server.aggregation.from_round=2"], r"from_round: got 2, but clients are sent clusters"),
         (["method=ifca", "server.clustering.assign=loss"], r"assign: got 'loss' with rule=ifca; allowed with kmeans"),
         (["server.clustering.assign=loss", "server.clustering.assign_from=1"], r"assign_from: got 1"),
         (["server.clustering.held_back=0.2"], r"held_back needs rule=ifca or assign=loss"),

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import fltac.server
 from fltac import config, records
-from fltac.records import Cluster, Rejection, Reply, ServerState
+from fltac.records import Cluster, Rejection, Reply, Request, ServerState
 from fltac.server.aggregation import mean_adapter
 from fltac.server.cohort import draw_cohort
 from fltac.server.matching import match_clusters
@@ -65,6 +65,47 @@ def test_mean_by_hand_weighted_by_confidence() -> None:
     assert value(found.clusters[1]) == pytest.approx((inner * 10 + outer * 12) / (inner + outer))
     plain = play(state(*"abcd"), replies, *KMEANS, "server.aggregation.weighting=examples")
     assert value(plain.clusters[0]) == 1.5
+
+
+def test_before_the_round_of_the_first_mean_slots_go_on_from_their_own_uploads() -> None:
+    settings = ("method=fedit", "server.aggregation.from_round=3", "federation.rounds=9")
+    first = state("a", "b")
+    one = play(first, [reply("a", adapter(1, 1)), reply("b", adapter(5, 1))], *settings)
+    assert {item.client: sent(item) for item in plan_round(one, server(*settings))} == {"a": 1, "b": 5}
+    assert value(one.clusters[0]) == 3, "the cluster is there all the same"
+    two = play(one, [reply("a", adapter(2, 1))], *settings)
+    assert {item.client: sent(item) for item in plan_round(two, server(*settings))} == {"a": 2, "b": 5}
+    # Of the round of the first mean on, everybody is sent it, whoever replied.
+    three = play(two, [reply("a", adapter(4, 1))], *settings)
+    assert {item.client: sent(item) for item in plan_round(three, server(*settings))} == {"a": 4, "b": 4}
+    assert not three.own
+
+
+def sent(request: Request) -> float:
+    return float(request.adapters[request.slots[0]]["m.lora_A"][0, 0])
+
+
+def test_a_round_of_the_first_mean_that_nobody_answers_comes_later() -> None:
+    settings = ("method=fedit", "server.aggregation.from_round=2", "federation.rounds=9")
+    one = play(state("a", "b"), [reply("a", adapter(1, 1)), reply("b", adapter(5, 1))], *settings)
+    two = play(one, [], *settings)
+    assert {item.client: sent(item) for item in plan_round(two, server(*settings))} == {"a": 1, "b": 5}
+    three = play(two, [reply("a", adapter(2, 1)), reply("b", adapter(4, 1))], *settings)
+    assert {item.client: sent(item) for item in plan_round(three, server(*settings))} == {"a": 3, "b": 3}
+
+
+def test_what_was_learned_before_the_first_mean_counts_from_what_each_slot_was_sent() -> None:
+    # Slots that move twice by the same product: what is remembered is twice what one round taught, not more.
+    plain = ("server.clustering.k=2", "federation.rounds=9")
+    replies = [reply("a", adapter(1, 1)), reply("b", adapter(1, -1)), reply("c", adapter(1, 1))]
+    twice = [reply("a", adapter(1, 2)), reply("b", adapter(1, -2)), reply("c", adapter(1, 2))]
+    settings = (*plain, "server.aggregation.from_round=3")
+    one = play(state(*"abc"), replies, *settings)
+    two = play(one, twice, *settings)
+    for key, held in two.memory.items():
+        assert held["body"].any()
+        assert held["body"] == pytest.approx(2 * one.memory[key]["body"], abs=1e-5), key
+        assert held["head.2"] == pytest.approx(one.memory[key]["head.2"], abs=1e-5), "it came to 0 and stayed there"
 
 
 def test_doubtful_members_alone_are_their_mean() -> None:

@@ -26,6 +26,9 @@ class AggregationConfig(Section):
     weighting: Literal["examples", "uniform", "confidence"] = "examples"
     """``examples``: by data size (Eq. 2 of the paper); ``uniform``: unweighted (its Algorithm 3); ``confidence``
     (``kmeans`` and ``spectral``): by data size times how sure a slot's cluster is: doubtful members say less."""
+    from_round: Annotated[int, Field(ge=1)] = 1
+    """The first round whose means are sent; before it each slot goes on from its own upload, so that more is learned
+    before slots are grouped by it for good. With the rule ``mean``."""
     optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
     """What takes a cluster from what it held towards its members' mean: ``none``: there at once; ``fedavgm``: with
     momentum (arXiv 1909.06335); ``fedadam``: Adam on the server (arXiv 2003.00295)."""
@@ -80,6 +83,11 @@ def aggregation_fault(
     for client, own in ranks.items():
         if own > rank:
             return f"lora.ranks.{client}: got {own}; allowed are 1 to lora.rank={rank}"
+    if config.from_round > 1 and (rule != "mean" or config.optimizer != "none"):
+        return (
+            f"server.aggregation.from_round: got {config.from_round} with rule={rule} and "
+            f"optimizer={config.optimizer}; allowed with mean and none"
+        )
     if config.optimizer != "none" and rule not in STEPPING:
         return (
             f"server.aggregation.optimizer: got {config.optimizer!r}, which the rule {rule!r} has no use for; "

@@ -85,6 +85,13 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
     rule, aggregation = config.rule, merging.rule
     if merging.weighting == "confidence" and rule not in ("kmeans", "spectral"):
         return f"server.aggregation.weighting: got 'confidence' with rule={rule}; allowed with kmeans and spectral"
+    if merging.from_round > 1 and (
+        rule == "ifca" or (config.assign == "loss" and config.assign_from <= merging.from_round)
+    ):
+        return (
+            f"server.aggregation.from_round: got {merging.from_round}, but clients are sent clusters to choose from "
+            "earlier (rule=ifca, or assign=loss with assign_from up to it)"
+        )
     if config.k == "auto" and rule in ("kmeans", "random", "ifca"):
         return f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral"
     if config.assign == "loss" and rule not in ("kmeans", "spectral"):

@@ -166,6 +166,11 @@ class Config(Section):
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
             )
+        first = self.server.aggregation.from_round
+        if first > max(1, self.federation.rounds):
+            raise ValueError(
+                f"server.aggregation.from_round: got {first}; at most federation.rounds={self.federation.rounds}"
+            )
         fault = clustering_fault(grouping, self.server.aggregation, self.pooled)
         if fault is not None:
             raise ValueError(fault)

@@ -209,7 +209,9 @@ def finish_round(
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)
         clustered = regrouped(state, updates, began, grouping, settings)
-    clusters, own = clustered.clusters, {update.key: own_part(update, settings) for update in updates}
+    clusters, own = clustered.clusters, {update.key: own_part(update, settings, number) for update in updates}
+    if not 1 < settings.aggregation.from_round <= number:  # then means take the place of what slots had alone
+        own = {**state.own, **own}
     after = ServerState(
         round_number=number,
         initial=state.initial,
@@ -217,7 +219,7 @@ def finish_round(
         clusters=clusters,
         memory=_memory(state, changes, grouping),
         next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
-        own={**state.own, **{key: tensors for key, tensors in own.items() if tensors}},
+        own={key: tensors for key, tensors in own.items() if tensors},
         optimizer=clustered.optimizer,
     )
     k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None

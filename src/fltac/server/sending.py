@@ -54,8 +54,10 @@ def without_constant(adapter: Adapter, settings: ServerSettings) -> Adapter:
     return {name: tensor for name, tensor in adapter.items() if is_head(name) or not name.endswith(always)}
 
 
-def own_part(update: Update, settings: ServerSettings) -> Adapter:
-    """What of an upload is not averaged but the slot's own: B with ``fedsa``, else nothing."""
+def own_part(update: Update, settings: ServerSettings, number: int) -> Adapter:
+    """What of a round's upload the slot goes on from: B with ``fedsa``, all before means are sent, else nothing."""
+    if number < settings.aggregation.from_round:
+        return update.adapter
     if settings.aggregation.rule != "fedsa":
         return {}
     return {name: tensor for name, tensor in update.adapter.items() if name.endswith(LORA_B) and not is_head(name)}

@@ -42,6 +42,12 @@ SETUP = [
 
 PROFILES = ["server.clustering.profile_rows=64", "server.clustering.profile_noise=0.01"]
 ADJUSTED = ["training.loss=logit-adjusted"]
+BY_LOSS = [
+    "server.clustering.assign=loss",
+    "server.clustering.assign_from=3",
+    "server.clustering.assignment_loss=balanced",
+    "server.clustering.held_back=0.1",
+]
 
 METHODS: dict[str, list[str]] = {
     "zero": ["method=zero"],
@@ -53,6 +59,10 @@ METHODS: dict[str, list[str]] = {
     "fltac+profiles": PROFILES,
     "fltac+adjusted": ADJUSTED,
     "fltac+profiles+adjusted": [*PROFILES, *ADJUSTED],
+    "fltac+confidence": ["server.aggregation.weighting=confidence"],
+    "fltac+later": ["server.aggregation.from_round=3"],
+    "fltac+loss": BY_LOSS,
+    "fltac+single": ["server.clustering.rule=single"],
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],

@@ -23,8 +23,9 @@ from runtime.test_node import Both, assert_same, train_error
         ("server.aggregation.rule=hetlora", "lora.rank=2", "lora.ranks={client-0: 1}"),
         ("server.aggregation.rule=flexlora", "lora.rank=2", "lora.ranks={client-0: 1}"),
         ("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-0: 1}"),
+        ("server.aggregation.from_round=2",),
     ],
-    ids=["fedex", "ffa", "rolora", "fedsa", "hetlora", "flexlora", "flora"],
+    ids=["fedex", "ffa", "rolora", "fedsa", "hetlora", "flexlora", "flora", "means from round 2"],
 )
 def test_nodes_train_as_the_simulation(settings: tuple[str, ...], tmp_path: Path) -> None:
     both = Both(tmp_path, federation(tmp_path, *settings))

@@ -34,8 +34,9 @@ class Stop(Silent):
         ("method=ffa-lora",),
         ("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-1: 1}"),
         ("server.aggregation.rule=fedsa", "server.aggregation.optimizer=fedadam", "wire.dtype=float16"),
+        ("server.aggregation.from_round=2",),
     ],
-    ids=["ffa", "flora with ranks", "fedsa with fedadam"],
+    ids=["ffa", "flora with ranks", "fedsa with fedadam", "means from round 2"],
 )
 def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_path: Path) -> None:
     fltac.run(small(*HALF, *settings), tmp_path / "whole")
@@ -43,6 +44,17 @@ def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_p
         fltac.run(small(*HALF, *settings), tmp_path / "stopped", Stop())
     fltac.resume(tmp_path / "stopped")
     assert scores_of(tmp_path / "stopped") == scores_of(tmp_path / "whole")
+
+
+def test_until_the_first_mean_a_run_is_that_of_clients_alone(tmp_path: Path) -> None:
+    """Every slot goes on from its own upload, as with ``local``; the first mean changes its score."""
+    rounds = ("federation.rounds=3", "evaluation.every=1")
+    fltac.run(small("method=local", *rounds), tmp_path / "local")
+    fltac.run(small("method=fltac", "server.aggregation.from_round=3", *rounds), tmp_path / "later")
+    local, later = (scores_of(tmp_path / name)[0] for name in ("local", "later"))
+    assert [record["tasks"] for record in local[:2]] == [record["tasks"] for record in later[:2]]
+    assert local[2]["tasks"] != later[2]["tasks"]
+    assert all(record["clustering"]["k"] for record in later), "groups are reported from the first round on"
 
 
 def test_the_export_of_a_residual_computes_what_was_trained(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ The layers look into a second, smaller matrix with a row for each lane of the pa
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,38 +19,17 @@ from torch import Tensor
 from fltac.model.backbone import Backbone
 from fltac.model.causal import Predicted, predict
 from fltac.model.first_token import Cut
+from fltac.model.layout import Shape, Slice, layout
 from fltac.model.lora import Base, LanePass, attach, detached
 from fltac.model.packed_pass import pooled_packed, pooled_padded
 from fltac.model.packing import PackedBatch, pack
 from fltac.model.prefix import Prefix, RowKey
 from fltac.records import BASE_A, BASE_B, HEAD, LORA_A, LORA_B, Adapter
 
-Shape = tuple[int, ...]
 Batch = Mapping[str, Tensor] | PackedBatch
 """Rows on the model's device: padded, or packed."""
 DELTA = ".delta"
 """Suffix of a tensor that holds the change of one of the backbone's own parameters (full fine-tuning)."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where one tensor lies in a row."""
-
-    start: int
-    shape: Shape
-
-    @property
-    def stop(self) -> int:
-        return self.start + prod(self.shape)
-
-
-def layout(shapes: Mapping[str, Shape]) -> dict[str, Slice]:
-    """Lays tensors out one after the other, in the order given."""
-    out, start = {}, 0
-    for name, shape in shapes.items():
-        out[name] = Slice(start, shape)
-        start = out[name].stop
-    return out
 
 
 class LaneModel:

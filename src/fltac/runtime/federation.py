@@ -6,7 +6,6 @@ had said. A client that has not answered by a round's deadline is left out until
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from fltac.config import Config
 from fltac.records import LateReply, Presence, Reply, Request
@@ -283,23 +282,12 @@ class Federation:
             self._say(f"refused: {reason}")
 
     def _held_to_hello(self, letter: Letter, reply: Reply) -> Reply:
-        """The reply without slots that its node has not said it has, and with no more examples than it said it holds.
-
-        A mean is weighted by examples, so a client could otherwise outweigh all others.
-        """
-        hello = self.roll.hellos.get(letter.node)
-        if hello is None or reply.error is not None:
-            return reply
-        updates = []
-        for update in reply.updates:
-            if update.slot in hello.heads:
-                most = max(1, hello.examples[update.slot])
-                updates.append(replace(update, examples=min(update.examples, most)))
-            else:
-                line = f"client {reply.client}: slot {update.slot} is not used: its node has not said it has it"
-                self._undeclared.append(line)
-                self._say(line)
-        return replace(reply, updates=tuple(updates))
+        """What of a reply counts; says what does not."""
+        held, undeclared = self.roll.held_to_hello(letter.node, reply)
+        for line in undeclared:
+            self._undeclared.append(line)
+            self._say(line)
+        return held
 
     def _note_change(self, letter: Letter, reply: Reply) -> None:
         """A client whose reply is not what its hello said is asked again who it is."""

@@ -1,9 +1,9 @@
 """Who takes part in a federation: what each node said about itself, and why some nodes are refused."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fltac.records import Presence
+from fltac.records import Presence, Reply
 from fltac.wire.node_protocol import NodeHello
 
 MOST_SLOTS, MOST_OUTPUTS = 256, 10_000
@@ -110,6 +110,28 @@ class Roll:
     def clients(self) -> dict[str, str]:
         """The members' addresses by client id."""
         return {hello.client: node for node, hello in self.hellos.items()}
+
+    def held_to_hello(self, node: str, reply: Reply) -> tuple[Reply, list[str]]:
+        """A reply without slots that its node has not said it has, and with no more examples than it said it holds.
+
+        A mean is weighted by examples, so a client could otherwise outweigh all others.
+
+        Returns:
+            The reply, and a line for each slot that is left out.
+        """
+        hello = self.hellos.get(node)
+        if hello is None or reply.error is not None:
+            return reply, []
+        updates, undeclared = [], []
+        for update in reply.updates:
+            if update.slot in hello.heads:
+                most = max(1, hello.examples[update.slot])
+                updates.append(replace(update, examples=min(update.examples, most)))
+            else:
+                undeclared.append(
+                    f"client {reply.client}: slot {update.slot} is not used: its node has not said it has it"
+                )
+        return replace(reply, updates=tuple(updates)), undeclared
 
     def presences(self, without: Iterable[str] = ()) -> list[Presence]:
         """The members as the server is told of them, sorted by client id, but for some addresses."""

@@ -53,6 +53,7 @@ METHODS: dict[str, list[str]] = {
     "zero": ["method=zero"],
     "local": ["method=local"],
     "fedit": ["method=fedit"],
+    "fedit+adjusted": ["method=fedit", *ADJUSTED],
     "fltac-paper": ["method=fltac-paper"],
     "fltac": [],
     "fltac+auto": ["server.clustering.k=auto"],
@@ -70,8 +71,8 @@ METHODS: dict[str, list[str]] = {
 """Name in the table to settings."""
 
 CHOSEN = ("local", "fedit", "fltac-paper", "fltac")
-"""Methods whose learning rate is chosen; the oracle and the variants of ``fltac`` take its rate, so that what lies
-between them is the grouping alone, and ``central`` the config's own."""
+"""Methods whose learning rate is chosen; variants take that of their method and the oracle that of ``fltac``, so that
+what lies between them is the grouping alone, and ``central`` the config's own."""
 TRIED = (1e-3, 2e-3, 4e-3)
 RATE_REGIME, RATE_SEED, RATE_ROUNDS = "I", 0, 3
 ROWS = 400
@@ -105,7 +106,8 @@ def rate_of(method: str) -> list[str]:
     """The setting of the learning rate that was best for a method; empty where it keeps the config's."""
     if method in ("zero", "central"):
         return []
-    source = method if method in CHOSEN else "fltac"
+    base = method.partition("+")[0]
+    source = base if base in CHOSEN else "fltac"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in RATES.glob(f"{source}-lr*.json")]
     if len(found) < len(TRIED):
         raise SystemExit(f"{RATES}: {len(found)} of {len(TRIED)} learning rates of {source} were tried; run `rates`")

@@ -28,6 +28,7 @@ COLOUR = {
     "zero": "#bbbbbb",
     "local": "#7f9cc4",
     "fedit": "#8c6d31",
+    "fedit+adjusted": "#c9a66b",
     "fltac-paper": "#c0392b",
     "fltac": "#1f4e8c",
     "fltac+auto": "#e377c2",

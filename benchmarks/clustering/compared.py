@@ -118,10 +118,15 @@ def curve(run: Run) -> list[float]:
     return [number["clustering"]["ari"] for number in run["rounds"] if number["clustering"]]
 
 
+def groups(method: str) -> bool:
+    """Whether a method is not told the tasks."""
+    return not method.startswith(("oracle", "central"))
+
+
 def aris(runs: Sequence[Run]) -> str:
     """The mean ARI after the first and after the last round, and the least of the last."""
     curves = [curve(run) for run in runs]
-    if not all(curves) or runs[0]["method"] in ("oracle", "central"):
+    if not all(curves) or not groups(runs[0]["method"]):
         return ""
     last = [values[-1] for values in curves]
     return f"{np.mean([values[0] for values in curves]):.2f} → {np.mean(last):.2f} (least {min(last):.2f})"
@@ -167,7 +172,7 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
     for (_, runs), place in zip(regimes.items(), axes, strict=True):
         for method, own in runs.items():
             curves = np.array([curve(run) for run in own])
-            if method in ("oracle", "central") or not curves.size:
+            if not groups(method) or not curves.size:
                 continue
             rounds = range(1, curves.shape[1] + 1)
             place.plot(rounds, curves.mean(axis=0), color=COLOUR[method], marker="o", markersize=3, label=method)

@@ -31,6 +31,13 @@ def test_an_overriding_method_wins_over_the_file_and_loses_to_other_overrides() 
     assert load_config(tree, ["server.clustering.rule=none", "method=fedit"]).server.clustering.rule == "none"
 
 
+def test_an_overriding_method_sends_means_from_its_own_round_on() -> None:
+    tree = {**BASE, "server": {"aggregation": {"from_round": 3}}}
+    assert load_config(tree).server.aggregation.from_round == 3
+    for method in PRESETS:
+        assert load_config(tree, [f"method={method}"]).server.aggregation.from_round == 1, method
+
+
 @pytest.mark.parametrize("before", PRESETS)
 @pytest.mark.parametrize("after", PRESETS)
 def test_nothing_of_another_method_is_left_over(before: str, after: str) -> None:

@@ -211,7 +211,8 @@ class ServerState:
             summed (the layout belongs to ``server.changes``), or what ``server.bisection`` says; empty for rules
             that keep nothing.
         next_cluster_id: The id that the next new cluster gets.
-        own: For each slot the tensors that are not averaged but its own; empty for rules that average everything.
+        own: For each slot the tensors that it goes on from alone (``server.sending.own_part``); empty where the means
+            are all that is sent.
         optimizer: For each cluster the server optimizer's moments (the layout belongs to
             ``server.aggregation.optimizer``); empty without one.
     """

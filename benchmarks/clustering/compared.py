@@ -54,10 +54,10 @@ def main() -> int:
         "",
         "Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (`fedit`: 5) in the last two of six layers; "
         f"5 rounds of 50 steps of 4 rows; scored on {ROWS} validation rows of a task; K = 5 is given but for "
-        "`fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: what the oracle of the same seed scores "
-        "more. ARI: of all slots' clusters against their tasks, after the first and after the last round. ±: one "
-        "standard deviation over the seeds; rows of other seeds are compared by their regret alone. The majority "
-        "class's are of all validation rows.",
+        "`fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: what the "
+        "oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the first and "
+        "after the last round. ±: one standard deviation over the seeds; rows of other seeds are compared by their "
+        "regret alone. The majority class's are of all validation rows.",
     ]
     for regime, runs in regimes.items():
         lines += ["", f"## Regime {regime}", "", *table(runs)]

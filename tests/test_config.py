@@ -31,11 +31,12 @@ def test_an_overriding_method_wins_over_the_file_and_loses_to_other_overrides() 
     assert load_config(tree, ["server.clustering.rule=none", "method=fedit"]).server.clustering.rule == "none"
 
 
-def test_an_overriding_method_sends_means_from_its_own_round_on() -> None:
-    tree = {**BASE, "server": {"aggregation": {"from_round": 3}}}
-    assert load_config(tree).server.aggregation.from_round == 3
+@pytest.mark.parametrize(("name", "other", "own"), [("from_round", 3, 1), ("shrinkage", 0.5, 0.0)])
+def test_an_overriding_method_sends_means_as_it_does_itself(name: str, other: float, own: float) -> None:
+    tree = {**BASE, "server": {"aggregation": {name: other}}}
+    assert getattr(load_config(tree).server.aggregation, name) == other
     for method in PRESETS:
-        assert load_config(tree, [f"method={method}"]).server.aggregation.from_round == 1, method
+        assert getattr(load_config(tree, [f"method={method}"]).server.aggregation, name) == own, method
 
 
 @pytest.mark.parametrize("before", PRESETS)

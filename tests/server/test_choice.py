@@ -188,6 +188,12 @@ def test_a_late_update_of_a_round_without_choice_counts_where_its_slot_is_or_not
             ["method=fedsa-lora", "server.aggregation.from_round=2"],
             r"from_round: got 2 with rule=fedsa and optimizer=none",
         ),
+        (
+            ["server.aggregation.rule=fedsa", "server.aggregation.shrinkage=0.5"],
+            r"shrinkage: got 0.5 with rule=fedsa and optimizer=none; allowed with mean and none",
+        ),
+        (["method=fedit", "server.aggregation.shrinkage=0.5"], r"shrinkage: got 0.5 with rule=single; allowed with"),
+        (["server.aggregation.shrinkage=1.5"], r"shrinkage: got 1.5; .*less than or equal to 1"),
         (["server.aggregation.from_round=6"], r"from_round: got 6; at most federation.rounds=5"),
         (["method=ifca", "server.aggregation.from_round=2"], r"from_round: got 2, but clients are sent clusters"),
         (["method=ifca", "server.clustering.assign=loss"], r"assign: got 'loss' with rule=ifca; allowed with kmeans"),

@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 import fltac.server
 from fltac import config, records
 from fltac.records import Cluster, Rejection, Reply, Request, ServerState
-from fltac.server.aggregation import mean_adapter
+from fltac.server.aggregation import mean_adapter, shrunk
 from fltac.server.cohort import draw_cohort
 from fltac.server.matching import match_clusters
 from fltac.server.round import finish_round, init_server, plan_delivery, plan_round
@@ -65,6 +65,23 @@ def test_mean_by_hand_weighted_by_confidence() -> None:
     assert value(found.clusters[1]) == pytest.approx((inner * 10 + outer * 12) / (inner + outer))
     plain = play(state(*"abcd"), replies, *KMEANS, "server.aggregation.weighting=examples")
     assert value(plain.clusters[0]) == 1.5
+
+
+def test_doubtful_clusters_are_shrunk_towards_the_mean_of_all_by_hand() -> None:
+    # As above: the outer slots' confidence is 1 - 2/11, the inner ones' 1 - 2/9, a cluster's doubt their mean's rest.
+    places = {"a": 0, "b": 2, "c": 10, "d": 12}
+    replies = [reply(client, adapter(at, 0)) for client, at in places.items()]
+    found = play(state(*"abcd"), replies, *KMEANS, "server.aggregation.shrinkage=0.5")
+    share = 0.5 * (2 / 11 + 2 / 9) / 2
+    assert value(found.clusters[0]) == pytest.approx(1 + share * (6 - 1))
+    assert value(found.clusters[1]) == pytest.approx(11 - share * (11 - 6))
+
+
+def test_shrinkage_leaves_heads_that_a_cluster_does_not_have_alone() -> None:
+    found = shrunk(adapter(1, 1, 2), adapter(3, 5, 4, key="1", outputs=1), 0.25)
+    assert found["m.lora_A"][0, 0] == 1.5
+    assert found["head.2.weight"][0, 0] == 2.0
+    assert "head.1.weight" not in found
 
 
 def test_before_the_round_of_the_first_mean_slots_go_on_from_their_own_uploads() -> None:

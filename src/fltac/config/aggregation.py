@@ -29,6 +29,9 @@ class AggregationConfig(Section):
     from_round: Annotated[int, Field(ge=1)] = 1
     """The first round whose means are sent; before it each slot goes on from its own upload, so that more is learned
     before slots are grouped by it for good. With the rule ``mean``."""
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far a cluster that nobody is sure of is moved towards the mean of all updates; one with a mean confidence c
+    goes (1 - c) times as far. With the rule ``mean``, and ``kmeans`` or ``spectral``."""
     optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
     """What takes a cluster from what it held towards its members' mean: ``none``: there at once; ``fedavgm``: with
     momentum (arXiv 1909.06335); ``fedadam``: Adam on the server (arXiv 2003.00295)."""
@@ -86,6 +89,11 @@ def aggregation_fault(
     if config.from_round > 1 and (rule != "mean" or config.optimizer != "none"):
         return (
             f"server.aggregation.from_round: got {config.from_round} with rule={rule} and "
+            f"optimizer={config.optimizer}; allowed with mean and none"
+        )
+    if config.shrinkage and (rule != "mean" or config.optimizer != "none"):
+        return (
+            f"server.aggregation.shrinkage: got {config.shrinkage} with rule={rule} and "
             f"optimizer={config.optimizer}; allowed with mean and none"
         )
     if config.optimizer != "none" and rule not in STEPPING:

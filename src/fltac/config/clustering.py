@@ -85,6 +85,10 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
     rule, aggregation = config.rule, merging.rule
     if merging.weighting == "confidence" and rule not in ("kmeans", "spectral"):
         return f"server.aggregation.weighting: got 'confidence' with rule={rule}; allowed with kmeans and spectral"
+    if merging.shrinkage and rule not in ("kmeans", "spectral"):
+        return (
+            f"server.aggregation.shrinkage: got {merging.shrinkage} with rule={rule}; allowed with kmeans and spectral"
+        )
     if merging.from_round > 1 and (
         rule == "ifca" or (config.assign == "loss" and config.assign_from <= merging.from_round)
     ):

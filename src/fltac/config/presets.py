@@ -20,7 +20,13 @@ OWNED: Tree = {
             "assignment_loss": "plain",
             "held_back": 0.0,
         },
-        "aggregation": {"rule": "mean", "weighting": "examples", "from_round": 1, "optimizer": "none"},
+        "aggregation": {
+            "rule": "mean",
+            "weighting": "examples",
+            "from_round": 1,
+            "shrinkage": 0.0,
+            "optimizer": "none",
+        },
     },
 }
 """The settings that make a method. Every preset sets all of them, so that nothing of another method is left over."""

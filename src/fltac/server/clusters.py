@@ -16,7 +16,7 @@ from fltac.records import (
     without_base,
 )
 from fltac.seeding import derive, generator
-from fltac.server.aggregation import Part, combined, mean_adapter, optimized, product_error, weights_of
+from fltac.server.aggregation import Part, combined, mean_adapter, optimized, product_error, shrunk, weights_of
 from fltac.server.changes import received_by
 from fltac.server.first import first_factors
 from fltac.server.grouping import Grouping
@@ -83,7 +83,8 @@ def regrouped(
         ids = match_clusters([without_base(group.adapter) for group in groups.values()], plain, state.next_cluster_id)
     members = {cluster.id: set(cluster.members) - set(grouping.labels) for cluster in state.clusters}
     adapters, moments = {cluster.id: cluster.adapter for cluster in state.clusters}, dict(state.optimizer)
-    frozen = settings.aggregation.frozen(number) or ()
+    frozen, shrinkage = settings.aggregation.frozen(number) or (), settings.aggregation.shrinkage
+    overall = _mean_of_all(groups) if shrinkage else {}
     for cluster, group in zip(ids, groups.values(), strict=True):
         members.setdefault(cluster, set()).update(group.keys)
         old = before[cluster].adapter if cluster in before else {}
@@ -95,6 +96,8 @@ def regrouped(
             adapter, moments[cluster] = optimized(
                 adapter, held, moments.get(cluster, {}), trained, settings.aggregation
             )
+        if shrinkage and group.parts:
+            adapter = shrunk(adapter, overall, shrinkage * _doubt(group, grouping.confidence))
         # A head that no update of this round had stays as it was, for members that were not asked.
         kept = {name: tensor for name, tensor in old.items() if is_head(name) and name not in adapter}
         adapters[cluster] = {**adapter, **kept}
@@ -104,6 +107,17 @@ def regrouped(
     )
     after = tuple(Cluster(cluster, adapters[cluster], tuple(sorted(members[cluster]))) for cluster in sorted(adapters))
     return Clustered(after, moments, error)
+
+
+def _mean_of_all(groups: Mapping[int, _Group]) -> Adapter:
+    """Of all of the round's updates, by their weights."""
+    parts = [part for group in groups.values() for part in group.parts]
+    return mean_adapter([part.adapter for part in parts], [part.weight for part in parts])
+
+
+def _doubt(group: _Group, confidence: Mapping[SlotKey, float]) -> float:
+    """1 for a group whose members might as well be elsewhere, 0 for one without doubt."""
+    return 1.0 - sum(max(0.0, confidence.get(key, 1.0)) for key in group.keys) / len(group.keys)
 
 
 def _fresh_factors(state: ServerState, number: int, seed: int) -> Adapter:

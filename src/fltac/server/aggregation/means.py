@@ -64,3 +64,11 @@ def mean_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
             total += (share @ rows.astype(np.float64)).reshape(total.shape)
             shares[name] += float(share.sum())
     return {name: (totals[name] / share).astype(np.float32) for name, share in shares.items()}
+
+
+def shrunk(adapter: Adapter, overall: Adapter, share: float) -> dict[str, FloatArray]:
+    """An adapter moved towards another one by a share of the way; what the other one lacks stays as it is."""
+    return {
+        name: tensor if name not in overall else ((1 - share) * tensor + share * overall[name]).astype(np.float32)
+        for name, tensor in adapter.items()
+    }

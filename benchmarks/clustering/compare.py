@@ -61,6 +61,7 @@ METHODS: dict[str, list[str]] = {
     "fltac+adjusted": ADJUSTED,
     "fltac+profiles+adjusted": [*PROFILES, *ADJUSTED],
     "fltac+confidence": ["server.aggregation.weighting=confidence"],
+    "fltac+shrinkage": ["server.aggregation.shrinkage=0.5"],
     "fltac+later": ["server.aggregation.from_round=3"],
     "fltac+loss": BY_LOSS,
     "fltac+single": ["server.clustering.rule=single"],

@@ -36,6 +36,7 @@ COLOUR = {
     "fltac+adjusted": "#7d5ba6",
     "fltac+profiles+adjusted": "#3b9ea5",
     "fltac+confidence": "#a3b86c",
+    "fltac+shrinkage": "#6b8e9f",
     "fltac+later": "#d4a017",
     "fltac+loss": "#5d6d7e",
     "fltac+single": "#c39bd3",

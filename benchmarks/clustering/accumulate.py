@@ -59,9 +59,14 @@ def replayed(path: Path, rounds: int) -> dict[str, list[float]]:
 
 def points_of(film: Recording, rounds: int, upto: int, way: str, k: int) -> Points:
     """What is clustered after some rounds: ``[n, k]``."""
+    return leading(kernel_after(film, rounds, upto, way), k)
+
+
+def kernel_after(film: Recording, rounds: int, upto: int, way: str) -> Gram:
+    """The default kernel after some rounds, ``[n, n]``."""
     each = np.stack([kernel_of(gram, rounds, upto, way) for gram in film.grams["product"]])
     head = kernel_of(film.grams["head"].sum(0), rounds, upto, way)
-    return leading((agreeing(each, head) if way == "agreeing" else each.mean(axis=0)) + head, k)
+    return (agreeing(each, head) if way == "agreeing" else np.asarray(each.mean(axis=0))) + head
 
 
 def kept(path: Path, rounds: int, share: float) -> tuple[list[float], int]:

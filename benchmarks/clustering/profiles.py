@@ -1,4 +1,4 @@
-"""How well profiles tell tasks apart, alone and beside recorded first-round adapters. Trains nothing.
+"""How well profiles tell tasks apart, alone, beside recorded first-round adapters and beside films. Trains nothing.
 
     python benchmarks/clustering/profiles.py I II III IV V --seeds 0 1 2 3 4
 
@@ -8,13 +8,16 @@ Needs FLTAC_DATA (but for regime V). Writes ``results/clustering/profiles.json``
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accumulate import kernel_after
+from film import FILMS
 from numpy.typing import NDArray
 from record import FOLDER
-from recording import load_all
+from recording import Recording, load_all
 from regimes import REGIMES, regime_config
 from rules import KERNELS, cosine
 from sklearn.metrics import adjusted_rand_score
@@ -29,8 +32,11 @@ from fltac.server.similarity import leading
 OUT = FOLDER.parent / "profiles.json"
 ROWS = (16, 64, 256)
 NOISES = (0.0, 0.01, 0.02)
-WEIGHT = 2.0
+WEIGHT = 8.0
 """Of profiles beside adapters, as ``server.clustering.profile_weight`` has it."""
+WEIGHTS = (2.0, 4.0, WEIGHT, 16.0)
+"""That are compared beside what was learned over the rounds of a film, with profiles of ``FILMED``."""
+FILMED = (64, 0.01)
 DRAWS = 5
 """Of the noise and of K-means' starts."""
 
@@ -63,14 +69,14 @@ def measure(regime: str, seed: int) -> list[dict[str, Any]]:
     truth = np.array([names.index(tasks[key]) for key in keys])
     owners = [client for client, _ in keys]
     recordings = load_all(FOLDER, f"{regime}-rank1*-seed{seed}-*")
+    films = sorted(FILMS.glob(f"{regime}-*-seed{seed}-*.safetensors"))
     out = []
     for rows in ROWS:
         points = profiles(experiment, rows, keys)
         for noise in NOISES:
             found: dict[str, list[float]] = {}
             for draw in range(DRAWS):
-                noisy = points + np.random.default_rng([seed, draw]).normal(0.0, noise, points.shape)
-                similar = cosine_of_centred(noisy)
+                similar = cosine_of_centred(noised(points, noise, seed, draw))
                 kernels = {"": similar} | {
                     recording.name: KERNELS["by-matrix+head"](recording) + WEIGHT * similar for recording in recordings
                 }
@@ -85,9 +91,36 @@ def measure(regime: str, seed: int) -> list[dict[str, Any]]:
                     "noise": noise,
                     "ari": float(np.mean(found.pop(""))),
                     "beside": {name: float(np.mean(values)) for name, values in found.items()},
+                    "films": {path.stem: by_weight(path, points, noise, seed) for path in films}
+                    if (rows, noise) == FILMED
+                    else {},
                 }
             )
     return out
+
+
+def by_weight(path: Path, points: NDArray[np.float64], noise: float, seed: int) -> dict[str, list[float]]:
+    """ARI by round beside what a film's slots had learned until then, for each weight."""
+    film = Recording.load(path)
+    rounds, n = int(film.facts["rounds"]), len(points)
+    truth, owners = film.truth[:n], film.clients[:n]
+    k = len(set(truth.tolist()))
+    found: dict[str, list[float]] = {f"{weight:g}": [] for weight in WEIGHTS}
+    for upto in range(1, rounds + 1):
+        learned = kernel_after(film, rounds, upto, "sum")
+        for weight in WEIGHTS:
+            aris = []
+            for draw in range(DRAWS):
+                similar = cosine_of_centred(noised(points, noise, seed, draw))
+                labels = group(leading(learned + weight * similar, k), k, owners, 10, draw)
+                aris.append(adjusted_rand_score(truth, labels))
+            found[f"{weight:g}"].append(float(np.mean(aris)))
+    return found
+
+
+def noised(points: NDArray[np.float64], noise: float, seed: int, draw: int) -> NDArray[np.float64]:
+    """Profiles as clients send them."""
+    return np.asarray(points + np.random.default_rng([seed, draw]).normal(0.0, noise, points.shape))
 
 
 def profiles(experiment: Experiment, rows: int, keys: list[tuple[str, int]]) -> NDArray[np.float64]:

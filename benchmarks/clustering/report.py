@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 from accumulate import HYSTERESES, WAYS, kept, replayed
 from film import FILMS
+from profiles import FILMED, WEIGHT, WEIGHTS
 from profiles import OUT as PROFILES
-from profiles import WEIGHT
 from record import FOLDER
 from recording import Gram, Recording, load_all
 from replay import setting_of, table
@@ -86,6 +86,12 @@ def profile_tables() -> list[str]:
     for name in sorted({name for item in found for name in item["beside"]}):
         by_setting = {(i["rows"], i["noise"]): i["beside"][name] for i in found if name in i["beside"]}
         lines.append(f"| {name} | {' | '.join(f'{by_setting[setting]:.2f}' for setting in settings)} |")
+    rows, noise = FILMED
+    lines += ["", f"## Profiles of {rows} rows, noise {noise:g}, beside the films: ARI by round, for each weight", ""]
+    lines += [f"| film | {' | '.join(f'{weight:g}' for weight in WEIGHTS)} |", "|---" * (len(WEIGHTS) + 1) + "|"]
+    for name, by_weight in sorted((name, own) for item in found for name, own in item["films"].items()):
+        cells = [" ".join(f"{ari:.2f}" for ari in by_weight[f"{weight:g}"]) for weight in WEIGHTS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

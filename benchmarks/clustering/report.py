@@ -89,7 +89,7 @@ def profile_tables() -> list[str]:
     rows, noise = FILMED
     lines += ["", f"## Profiles of {rows} rows, noise {noise:g}, beside the films: ARI by round, for each weight", ""]
     lines += [f"| film | {' | '.join(f'{weight:g}' for weight in WEIGHTS)} |", "|---" * (len(WEIGHTS) + 1) + "|"]
-    for name, by_weight in sorted((name, own) for item in found for name, own in item["films"].items()):
+    for name, by_weight in sorted((name, own) for item in found for name, own in item.get("films", {}).items()):
         cells = [" ".join(f"{ari:.2f}" for ari in by_weight[f"{weight:g}"]) for weight in WEIGHTS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines

@@ -41,6 +41,7 @@ SETUP = [
 """What all runs have in common, beside the regime's own config."""
 
 PROFILES = ["server.clustering.profile_rows=64", "server.clustering.profile_noise=0.01"]
+LIGHT = [*PROFILES, "server.clustering.profile_weight=2"]
 ADJUSTED = ["training.loss=logit-adjusted"]
 BY_LOSS = [
     "server.clustering.assign=loss",
@@ -60,6 +61,8 @@ METHODS: dict[str, list[str]] = {
     "fltac+profiles": PROFILES,
     "fltac+adjusted": ADJUSTED,
     "fltac+profiles+adjusted": [*PROFILES, *ADJUSTED],
+    "fltac+profiles2": LIGHT,
+    "fltac+profiles2+adjusted": [*LIGHT, *ADJUSTED],
     "fltac+confidence": ["server.aggregation.weighting=confidence"],
     "fltac+shrinkage": ["server.aggregation.shrinkage=0.5"],
     "fltac+later": ["server.aggregation.from_round=3"],

@@ -35,6 +35,8 @@ COLOUR = {
     "fltac+profiles": "#2e8b57",
     "fltac+adjusted": "#7d5ba6",
     "fltac+profiles+adjusted": "#3b9ea5",
+    "fltac+profiles2": "#9fd3b0",
+    "fltac+profiles2+adjusted": "#a6d5da",
     "fltac+confidence": "#a3b86c",
     "fltac+shrinkage": "#6b8e9f",
     "fltac+later": "#d4a017",

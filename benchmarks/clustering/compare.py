@@ -1,9 +1,11 @@
 """Plays the comparison: whole runs of several methods in several regimes, one small file for each.
 
     python benchmarks/clustering/compare.py rates
+    python benchmarks/clustering/compare.py weights
     python benchmarks/clustering/compare.py runs I II --seeds 3 4 5
 
-``rates`` tries three learning rates of each method on a seed of its own; ``runs`` takes the best. What is there already
+``rates`` tries three learning rates of each method on a seed of its own, ``weights`` what profiles weigh on two others;
+``runs`` takes the best rates. What is there already
 is not played again, so this can be stopped at any time and started in several processes on different seeds. Needs
 FLTAC_DATA. ``compared.py`` makes the table and the figures.
 """
@@ -26,7 +28,7 @@ from fltac.runtime.provenance import code_state, versions
 from fltac.runtime.setup import prepare, resolved
 
 OUT = FOLDER.parent / "comparison"
-RATES, RUNS = OUT / "rates", OUT / "runs"
+RATES, WEIGHTS, RUNS = OUT / "rates", OUT / "weights", OUT / "runs"
 
 SETUP = [
     # Two of six layers: what the four below make of a row is then made once for all runs, which takes a third of the
@@ -79,6 +81,14 @@ CHOSEN = ("local", "fedit", "fltac-paper", "fltac")
 what lies between them is the grouping alone, and ``central`` the config's own."""
 TRIED = (1e-3, 2e-3, 4e-3)
 RATE_REGIME, RATE_SEED, RATE_ROUNDS = "I", 0, 3
+WEIGHT_REGIME, WEIGHT_SEEDS = "II", (1, 2)
+WEIGHED = {
+    "2": ["server.clustering.profile_weight=2"],
+    "2-hysteresis0.1": ["server.clustering.profile_weight=2", "server.clustering.hysteresis=0.1"],
+    "4": ["server.clustering.profile_weight=4"],
+    "8": ["server.clustering.profile_weight=8"],
+}
+"""What was tried so that a right grouping stays right, where it is hardest."""
 ROWS = 400
 """Validation rows of a task that are scored after the last round."""
 KEPT: dict[RowKey, torch.Tensor] = {}
@@ -87,7 +97,7 @@ KEPT: dict[RowKey, torch.Tensor] = {}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rates", "runs"))
+    parser.add_argument("what", choices=("rates", "weights", "runs"))
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []])
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -98,6 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for rate in args.rates:
                 settings = [f"training.lr={rate}", f"federation.rounds={RATE_ROUNDS}"]
                 play(RATES / f"{method}-lr{rate:g}.json", RATE_REGIME, method, RATE_SEED, settings)
+        return 0
+    if args.what == "weights":
+        for seed in WEIGHT_SEEDS:
+            for name, own in WEIGHED.items():
+                settings = [*rate_of("fltac"), *own]
+                play(WEIGHTS / f"weight{name}-seed{seed}.json", WEIGHT_REGIME, "fltac+profiles", seed, settings)
         return 0
     for seed in args.seeds:
         for regime in args.regimes:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from compare import CHOSEN, METHODS, OUT, RATES, ROWS, RUNS, TRIED
+from compare import CHOSEN, METHODS, OUT, RATES, ROWS, RUNS, TRIED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -66,6 +66,7 @@ def main() -> int:
         lines += ["", f"## Regime {regime}", "", *table(runs)]
     lines += ["", "## Against the targets", "", *targets(regimes)]
     lines += ["", "## Learning rates", "", *rates()]
+    lines += ["", "## What profiles weigh", "", *weights()]
     lines += ["", "## Settings", "", "Beside those that all runs have in common:", ""]
     names = [name for name in METHODS if METHODS[name] and any(name in runs for runs in regimes.values())]
     lines += [f"- {name}: {', '.join(f'`{item}`' for item in METHODS[name])}" for name in names]
@@ -181,6 +182,23 @@ def rates() -> list[str]:
         paths = [RATES / f"{method}-lr{rate:g}.json" for rate in TRIED]
         cells = [f"{json.loads(path.read_text())['mean_score']:.3f}" if path.exists() else "" for path in paths]
         lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def weights() -> list[str]:
+    """ARI over the rounds and the score, for what was tried as the weight of profiles."""
+    lines = [
+        f"Regime {WEIGHT_REGIME} with seeds that are none of those above: ARI by round, and the score.",
+        "",
+        "| weight | " + " | ".join(f"seed {seed}" for seed in WEIGHT_SEEDS) + " |",
+        "|---" * (len(WEIGHT_SEEDS) + 1) + "|",
+    ]
+    for name in WEIGHED:
+        cells = []
+        for path in (WEIGHTS / f"weight{name}-seed{seed}.json" for seed in WEIGHT_SEEDS):
+            run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            cells.append(f"{' '.join(f'{ari:.2f}' for ari in curve(run))} ({run['mean_score']:.3f})" if run else "")
+        lines.append(f"| {name.replace('-hysteresis', ', hysteresis ')} | {' | '.join(cells)} |")
     return lines
 
 

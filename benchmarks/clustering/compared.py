@@ -204,7 +204,7 @@ def weights() -> list[str]:
 
 def panels(regimes: Mapping[str, Runs]) -> tuple[Figure, list[Any]]:
     """A figure with one panel for each regime."""
-    figure = Figure(figsize=(4.2 * len(regimes) + 1.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(regimes) + 1.8, 4.2), layout="constrained")
     axes = figure.subplots(1, len(regimes), squeeze=False, sharey=True)[0]
     for regime, place in zip(regimes, axes, strict=True):
         place.set_title(f"regime {regime}", fontsize=10)

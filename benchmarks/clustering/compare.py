@@ -3,17 +3,21 @@
     python benchmarks/clustering/compare.py rates
     python benchmarks/clustering/compare.py weights
     python benchmarks/clustering/compare.py runs I II --seeds 3 4 5
+    python benchmarks/clustering/compare.py runs I II --seeds 3 4 5 --size full
 
 ``rates`` tries three learning rates of each method on a seed of its own, ``weights`` what profiles weigh on two others;
-``runs`` takes the best rates. What is there already
-is not played again, so this can be stopped at any time and started in several processes on different seeds. Needs
-FLTAC_DATA. ``compared.py`` makes the table and the figures.
+``runs`` takes the best rates. ``--size full`` adapts all layers, which is meant for a GPU. What is there already is not
+played again, so this can be stopped at any time and started in several processes on different seeds. Needs FLTAC_DATA.
+``compared.py`` makes the tables and the figures.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,24 +28,57 @@ from regimes import REGIMES, regime_config
 from fltac.data.encoded import majority_score
 from fltac.model.prefix import RowKey
 from fltac.runtime.atomic import write_atomic
-from fltac.runtime.provenance import code_state, versions
+from fltac.runtime.provenance import code_state, hardware, versions
 from fltac.runtime.setup import prepare, resolved
 
 OUT = FOLDER.parent / "comparison"
-RATES, WEIGHTS, RUNS = OUT / "rates", OUT / "weights", OUT / "runs"
+WEIGHTS = OUT / "weights"
 
-SETUP = [
-    # Two of six layers: what the four below make of a row is then made once for all runs, which takes a third of the
-    # time. Half the config's batch, five rounds of fifty steps.
-    "lora.layers=[4,5]",
-    "federation.rounds=5",
-    "training.steps=50",
-    "training.batch_size=4",
-    "training.threads=1",
-    "training.prefix_cache=16384",
-]
-"""What all runs have in common, beside the regime's own config."""
 
+@dataclass(frozen=True)
+class Size:
+    """How large all runs of a comparison are.
+
+    Attributes:
+        folder: Where the results lie.
+        settings: What all runs have in common, beside the regime's own config.
+        rows: Validation rows of a task that are scored after the last round.
+        chosen: Methods whose learning rate is chosen; variants take that of their method and the oracle that of
+            ``fltac``, so that what lies between them is the grouping alone, and ``central`` the config's own.
+        layers: What is adapted, in words.
+    """
+
+    folder: Path
+    settings: list[str]
+    rows: int
+    chosen: tuple[str, ...]
+    layers: str
+
+    @property
+    def rates(self) -> Path:
+        """Where runs lie that only the learning rate is chosen by."""
+        return self.folder / "rates"
+
+    @property
+    def runs(self) -> Path:
+        """Where all others lie."""
+        return self.folder / "runs"
+
+
+COMMON = ["federation.rounds=5", "training.steps=50", "training.threads=1"]
+# Two of six layers: what the four below make of a row is then made once for all runs, which takes a third of the time.
+LIGHTER = ["lora.layers=[4,5]", "training.batch_size=4", "training.prefix_cache=16384"]
+BASELINES = ("local", "fedit", "fltac-paper", "fltac")
+GROUPINGS = ("ifca", "cfl", "fedlease")
+SHARED = ("ffa-lora", "rolora", "fedsa-lora", "flexlora", "flora", "fedex-lora", "fedprox", "fedavgm", "fedadam")
+"""Published rules that have one adapter for all tasks, as FedIT has."""
+SIZES = {
+    "small": Size(OUT, [*COMMON, *LIGHTER], 400, BASELINES, "the last two of six layers"),
+    "full": Size(OUT / "full", COMMON, 1000, BASELINES + GROUPINGS + SHARED, "all six layers"),
+}
+
+WIDE = ["lora.rank=5", "lora.alpha=80"]
+"""One adapter for all tasks gets the rank of five of rank 1, at the same scale; the config says so for FedIT."""
 PROFILES = ["server.clustering.profile_rows=64", "server.clustering.profile_noise=0.01"]
 LIGHT = [*PROFILES, "server.clustering.profile_weight=2"]
 ADJUSTED = ["training.loss=logit-adjusted"]
@@ -73,12 +110,11 @@ METHODS: dict[str, list[str]] = {
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],
+    **{name: [f"method={name}"] for name in GROUPINGS},
+    **{name: [f"method={name}", *WIDE] for name in SHARED},
 }
 """Name in the table to settings."""
 
-CHOSEN = ("local", "fedit", "fltac-paper", "fltac")
-"""Methods whose learning rate is chosen; variants take that of their method and the oracle that of ``fltac``, so that
-what lies between them is the grouping alone, and ``central`` the config's own."""
 TRIED = (1e-3, 2e-3, 4e-3)
 RATE_REGIME, RATE_SEED, RATE_ROUNDS = "I", 0, 3
 WEIGHT_REGIME, WEIGHT_SEEDS = "II", (1, 2)
@@ -89,8 +125,6 @@ WEIGHED = {
     "8": ["server.clustering.profile_weight=8"],
 }
 """What was tried so that a right grouping stays right, where it is hardest."""
-ROWS = 400
-"""Validation rows of a task that are scored after the last round."""
 KEPT: dict[RowKey, torch.Tensor] = {}
 """What the frozen layers made of rows, for all runs of a process; it grows to some gigabytes."""
 
@@ -102,58 +136,113 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rates", type=float, nargs="+", default=list(TRIED))
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)
+    size = SIZES[args.size]
+    jobs: list[Job] = []
     if args.what == "rates":
-        for method in [name for name in CHOSEN if name in args.methods]:
-            for rate in args.rates:
-                settings = [f"training.lr={rate}", f"federation.rounds={RATE_ROUNDS}"]
-                play(RATES / f"{method}-lr{rate:g}.json", RATE_REGIME, method, RATE_SEED, settings)
-        return 0
-    if args.what == "weights":
-        for seed in WEIGHT_SEEDS:
-            for name, own in WEIGHED.items():
-                settings = [*rate_of("fltac"), *own]
-                play(WEIGHTS / f"weight{name}-seed{seed}.json", WEIGHT_REGIME, "fltac+profiles", seed, settings)
-        return 0
-    for seed in args.seeds:
-        for regime in args.regimes:
-            for method in args.methods:
-                play(RUNS / f"{regime}-{method}-seed{seed}.json", regime, method, seed, rate_of(method))
-    return 0
+        jobs = [
+            Job(args.size, method, rate=rate) for method in size.chosen if method in args.methods for rate in args.rates
+        ]
+    elif args.what == "weights":
+        jobs = [
+            Job("small", "fltac+profiles", WEIGHT_REGIME, seed, weight=name)
+            for seed in WEIGHT_SEEDS
+            for name in WEIGHED
+        ]
+    else:
+        jobs = [
+            Job(args.size, method, regime, seed)
+            for seed in args.seeds
+            for regime in args.regimes
+            for method in args.methods
+        ]
+    return play_all(jobs, args.workers)
 
 
-def rate_of(method: str) -> list[str]:
+@dataclass(frozen=True)
+class Job:
+    """A run to be played: of the table, or one that a learning rate or a profile's weight is chosen by."""
+
+    size: str
+    method: str
+    regime: str = RATE_REGIME
+    seed: int = RATE_SEED
+    rate: float | None = None
+    weight: str | None = None
+
+    def play(self) -> None:
+        """Plays it, if it was not played."""
+        size, name = SIZES[self.size], f"{self.regime}-{self.method}-seed{self.seed}"
+        if self.rate is not None:
+            path = size.rates / f"{self.method}-lr{self.rate:g}.json"
+            settings = [f"training.lr={self.rate}", f"federation.rounds={RATE_ROUNDS}"]
+        elif self.weight is not None:
+            path = WEIGHTS / f"weight{self.weight}-seed{self.seed}.json"
+            settings = [*rate_of(self.method, size), *WEIGHED[self.weight]]
+        else:
+            path, settings = size.runs / f"{name}.json", rate_of(self.method, size)
+        play(path, size, self.regime, self.method, self.seed, settings)
+
+
+def play_all(jobs: Sequence[Job], workers: int) -> int:
+    """Plays jobs in their order, so many side by side; a job that fails is told of and stops no other.
+
+    Returns:
+        0, or 1 if one failed.
+    """
+    if workers == 1:
+        for job in jobs:
+            job.play()
+        return 0
+    failed = 0
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for job, future in [(job, pool.submit(job.play)) for job in jobs]:
+            try:
+                future.result()
+            except Exception as error:
+                failed += 1
+                print(f"{job}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return int(failed > 0)
+
+
+def rate_of(method: str, size: Size) -> list[str]:
     """The setting of the learning rate that was best for a method; empty where it keeps the config's."""
     if method in ("zero", "central"):
         return []
     base = method.partition("+")[0]
-    source = base if base in CHOSEN else "fltac"
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in RATES.glob(f"{source}-lr*.json")]
+    source = base if base in size.chosen else "fltac"
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in size.rates.glob(f"{source}-lr*.json")]
     if len(found) < len(TRIED):
-        raise SystemExit(f"{RATES}: {len(found)} of {len(TRIED)} learning rates of {source} were tried; run `rates`")
+        raise SystemExit(
+            f"{size.rates}: {len(found)} of {len(TRIED)} learning rates of {source} were tried; run `rates`"
+        )
     best = max(found, key=lambda run: (run["mean_score"], -run["lr"]))
     return [f"training.lr={best['lr']}"]
 
 
-def play(path: Path, regime: str, method: str, seed: int, settings: list[str]) -> None:
+def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: list[str]) -> None:
     """Plays one run and writes its file, if it is not there.
 
     Args:
         path: Of the file.
+        size: Of the comparison.
         regime: By name.
         method: By name.
         seed: Of the run.
-        settings: What is added to the regime's, the set-up's and the method's.
+        settings: What is added to the regime's, the size's and the method's.
     """
     if path.exists():
         return
-    config = regime_config(regime, seed, [*SETUP, *METHODS[method], *settings])
+    config = regime_config(regime, seed, [*size.settings, *METHODS[method], *settings])
     experiment = resolved(prepare(config))
     if experiment.model.prefix is not None:
         experiment.model.prefix.kept = KEPT
-    records, last = played(experiment, first_state(experiment), ROWS)
+    records, last = played(experiment, first_state(experiment), size.rows)
     config = experiment.config
     majority = {name: majority_score(task) for name, task in experiment.tasks.items()}
+    device = experiment.model.backbone.device
     record = {
         "regime": regime,
         "method": method,
@@ -166,6 +255,7 @@ def play(path: Path, regime: str, method: str, seed: int, settings: list[str]) -
         "slots": len(experiment.holdings),
         "git": code_state(),
         "versions": versions(),
+        "hardware": hardware(torch.cuda.get_device_name(device) if device.type == "cuda" else None),
         "config": config.model_dump(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

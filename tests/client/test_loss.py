@@ -7,6 +7,7 @@ import torch
 from fltac.client.client import LocalTask, label_shares
 from fltac.client.training import loss_of
 from fltac.config import TrainingConfig
+from fltac.config.training import Loss
 
 LOGITS = np.array([[1.0, -1.0, 0.5], [0.2, 0.1, 2.0], [0.0, 0.0, 0.0]])
 LABELS = np.array([0, 2, 1])
@@ -24,6 +25,22 @@ def test_plain_logit_adjusted_and_balanced() -> None:
     assert float(loss_of(logits, labels, "logit-adjusted", SHARES)) == pytest.approx(adjusted)
     balanced = (cross_entropy(LOGITS) / (3 * SHARES[LABELS])).mean()
     assert float(loss_of(logits, labels, "balanced", SHARES)) == pytest.approx(balanced)
+
+
+@pytest.mark.parametrize("loss", ["plain", "logit-adjusted", "balanced"])
+def test_batches_side_by_side_have_each_their_own_loss(loss: Loss) -> None:
+    """Of each batch what it has alone; a batch that is not finite touches no other."""
+    shares = [SHARES, SHARES[::-1].copy(), np.full(3, 1 / 3)]
+    logits = torch.from_numpy(np.stack([LOGITS, 2 * LOGITS, np.full_like(LOGITS, np.nan)]))
+    labels = torch.from_numpy(np.stack([LABELS, LABELS[::-1], LABELS]))
+    found = loss_of(logits, labels, loss, np.stack(shares))
+    assert found.shape == (3,)
+    for number in range(2):
+        alone = loss_of(logits[number], labels[number], loss, shares[number])
+        assert float(found[number]) == pytest.approx(float(alone))
+    assert not torch.isfinite(found[2])
+    squared = loss_of(logits[:2, :, :1], labels[:2].double())
+    assert squared.tolist() == pytest.approx(((logits[:2, :, 0] - labels[:2]) ** 2).mean(1).tolist())
 
 
 def test_a_slots_shares_have_one_row_more_of_each_class() -> None:

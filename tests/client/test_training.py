@@ -1,6 +1,6 @@
 """One lane against plain PEFT training, and G lanes against G separate runs, on equal batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from fltac.client.schedule import LanePlan
-from fltac.client.training import Step, TrainJob, pools, train, train_pool
+from fltac.client.training import Step, TrainJob, alike_lanes, lane_losses, pools, train, train_pool
 from fltac.config import BackboneConfig, TrainingConfig
 from fltac.model.attention import use_own_attention
 from fltac.model.backbone import load_backbone
@@ -239,6 +239,32 @@ def test_packed_batches_may_have_different_numbers_of_rows(tiny_bert: Path) -> N
     for lane, job in enumerate(jobs):
         train_pool(model, [job], SETTINGS["adamw"], 0.0, ALONE)
         assert largest_difference(together[lane], trained_values(model, 0)) < 1e-9
+
+
+def test_lanes_with_other_heads_and_rows_have_the_losses_that_they_have_alone(tiny_bert: Path) -> None:
+    """Heads of two shapes, a regression, and batches of other sizes, in no order; against one lane after the other."""
+    model = make_model(tiny_bert, torch.float64, packs=True)
+    jobs = [make_job(model, str(seed), seed, outputs=outputs) for seed, outputs in enumerate((2, 3, 1, 2, 3, 2))]
+    steps = [job.steps[0] for job in jobs]
+    steps[3] = replace(steps[3], rows=steps[3].rows[:2])
+    numbers = replace(steps[2].task.train, labels=np.linspace(0, 1, 30))
+    steps[2] = replace(steps[2], task=replace(steps[2].task, train=numbers))
+    model.load([job.start for job in jobs])
+    assert alike_lanes(model, steps) == [[0, 5], [1, 4], [2], [3]]
+    losses = lane_losses(model, steps)
+    losses.sum().backward()
+    together = model.gradients.clone()
+    for lane, (job, step) in enumerate(zip(jobs, steps, strict=True)):
+        model.load([job.start])
+        features = model.features(model.stack([step.task.train.batch(step.rows)]))
+        logits = model.logits(features, 0, step.head_key)
+        labels = torch.from_numpy(step.task.train.labels[step.rows])
+        alone = F.mse_loss(logits[:, 0], labels) if lane == 2 else F.cross_entropy(logits, labels)
+        assert float(losses[lane]) == pytest.approx(float(alone), rel=1e-9)
+        alone.backward()
+        width = model.gradients.shape[1]
+        torch.testing.assert_close(together[lane, :width], model.gradients[0], atol=1e-12, rtol=1e-8)
+        assert not together[lane, width:].any()
 
 
 def test_full_fine_tuning_equals_torch_and_restores_the_backbone(tiny_bert: Path) -> None:

@@ -12,7 +12,14 @@ from fltac.client.schedule import POOL
 from fltac.config import TrainingConfig
 from fltac.model.prefix import Prefix
 from fltac.runtime import lane_setup, setup
-from fltac.runtime.lane_setup import admit_to_prefix, bytes_per_token, choose_plan, choose_precision, some_rows
+from fltac.runtime.lane_setup import (
+    admit_to_prefix,
+    bytes_per_token,
+    choose_plan,
+    choose_precision,
+    fast_tokens,
+    some_rows,
+)
 from runtime.owners import federation
 
 
@@ -29,6 +36,14 @@ def test_a_pass_holds_what_is_fast_or_what_fits(tiny_bert: Path, monkeypatch: py
     monkeypatch.setattr(lane_setup, "free_memory", lambda _: 2**60)
     fixed = choose_plan(TrainingConfig(lanes=3), model, task, 2)  # type: ignore[arg-type]
     assert (fixed.lanes, fixed.tokens, fixed.workers) == (3, lane_setup.NO_LIMIT, 2)
+
+
+def test_a_small_backbone_gets_larger_passes_on_a_gpu() -> None:
+    """1e13 operations at six for each parameter and token, between 16,384 and 65,536 tokens."""
+    assert fast_tokens("cuda", 22_700_000) == 65536
+    assert fast_tokens("cuda", 50_000_000) == 33333
+    assert fast_tokens("cuda", 7_000_000_000) == 16384
+    assert fast_tokens("cpu", 22_700_000) == 1536
 
 
 def test_the_activations_of_a_token_are_measured(tiny_bert: Path) -> None:

@@ -4,7 +4,7 @@ The loss of a batch is the sum of the lanes' own mean losses, so each lane's gra
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -235,12 +235,31 @@ def lane_losses(model: LaneModel, steps: Sequence[Step], loss: Loss = "plain") -
         each = zip(torch.split(sums, sizes), torch.split(counts, sizes), strict=True)
         return torch.stack([own.sum() / count.sum() for own, count in each])
     features = torch.split(model.features(batch, len(steps), keys), sizes)
-    losses = []
+    lanes = alike_lanes(model, steps)
+    losses = torch.cat([_common_losses(model, features, steps, own, loss) for own in lanes])
+    order = [lane for own in lanes for lane in own]
+    return losses if len(lanes) == 1 else losses[np.argsort(order)]
+
+
+def alike_lanes(model: LaneModel, steps: Sequence[Step]) -> list[list[int]]:
+    """Lanes whose heads are applied in one product: the same place, as many rows, labels of one kind."""
+    found: dict[Hashable, list[int]] = {}
     for lane, step in enumerate(steps):
-        logits = model.logits(features[lane], lane, step.head_key)
-        labels = torch.from_numpy(np.asarray(step.task.train.labels[step.rows])).to(logits.device)
-        losses.append(loss_of(logits, labels, loss, step.shares))
-    return torch.stack(losses)
+        kind = (step.task.train.labels.dtype.kind, step.shares is None)
+        found.setdefault((model.head_parts(lane, step.head_key), len(step.rows), kind), []).append(lane)
+    return list(found.values())
+
+
+def _common_losses(
+    model: LaneModel, features: Sequence[Tensor], steps: Sequence[Step], lanes: Sequence[int], loss: Loss
+) -> Tensor:
+    """The losses of lanes that are alike: ``[lanes]``."""
+    own = [steps[lane] for lane in lanes]
+    parts = model.head_parts(lanes[0], own[0].head_key)
+    logits = model.lane_logits(torch.stack([features[lane] for lane in lanes]), lanes, parts)
+    labels = np.stack([np.asarray(step.task.train.labels[step.rows]) for step in own])
+    shares = None if own[0].shares is None else np.stack([step.shares for step in own if step.shares is not None])
+    return loss_of(logits, torch.from_numpy(labels).to(logits.device), loss, shares)
 
 
 def _inputs(step: Step, longest: int | None) -> dict[str, NDArray[Any]]:
@@ -254,20 +273,24 @@ def row_keys(split: Split, rows: NDArray[np.int64]) -> list[RowKey]:
 
 
 def loss_of(logits: Tensor, labels: Tensor, loss: Loss = "plain", shares: NDArray[np.float64] | None = None) -> Tensor:
-    """The mean loss of a batch.
+    """The mean losses of batches.
 
     Args:
-        logits: ``[b, classes]``; ``[b, 1]`` with a regression.
-        labels: int64 ``[b]`` class numbers; floats make it a mean squared error.
+        logits: ``[..., b, classes]``; ``[..., b, 1]`` with a regression.
+        labels: int64 ``[..., b]`` class numbers; floats make it a mean squared error.
         loss: ``logit-adjusted``: cross entropy of ``logits + log(shares)`` (arXiv 2007.07314, eq. 10, tau = 1).
             ``balanced``: each row times 1 / (classes * share of its class), which is 1 on average over the slot's rows.
-        shares: Of the classes among the slot's rows, ``[classes]``; not needed for ``plain``.
+        shares: Of the classes among the slot's rows, ``[..., classes]``; not needed for ``plain``.
+
+    Returns:
+        ``[...]``: of each batch.
     """
     if labels.is_floating_point():
-        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    if shares is None:
-        return F.cross_entropy(logits, labels)
-    own = torch.from_numpy(shares).to(logits)
-    if loss == "logit-adjusted":
-        return F.cross_entropy(logits + own.log(), labels)
-    return (F.cross_entropy(logits, labels, reduction="none") / (len(own) * own[labels])).mean()
+        return ((logits.squeeze(-1) - labels.to(logits.dtype)) ** 2).mean(-1)
+    own = None if shares is None else torch.from_numpy(shares).to(logits)
+    if own is not None and loss == "logit-adjusted":
+        logits = logits + own.log().unsqueeze(-2)
+    each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    if own is not None and loss == "balanced":
+        each = each / (own.shape[-1] * own.gather(-1, labels))
+    return each.mean(-1)

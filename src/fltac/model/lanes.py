@@ -41,6 +41,7 @@ class LaneModel:
             ``<path>.lora_B`` ``[out, rank]``, or ``<parameter>.delta`` for full fine-tuning.
         values: ``[lanes, width]``, the adapters in the pass, one a row: the body, then the adapter's heads.
         gradients: The same shape; filled by ``backward``.
+        scaling: The factor in front of B A.
         in_pass: Number of the adapter in each of the first lanes.
         first_position: Position id of a row's first token, if rows are packed; None if they are padded.
         prefix: The frozen layers below the first adapted one, if their results are kept.
@@ -70,7 +71,7 @@ class LaneModel:
         """
         self.backbone = backbone
         self.dtype = dtype
-        self._modules, self._rank, self._scaling = modules, rank, scaling
+        self._modules, self._rank, self.scaling = modules, rank, scaling
         self.lanes = LanePass()
         self.layers = attach(backbone.model, modules, scaling, self.lanes)
         self.full = {} if modules else dict(backbone.model.named_parameters())
@@ -89,7 +90,7 @@ class LaneModel:
         self.values = self._all
         self.gradients = self._all
         self.in_pass: tuple[int, ...] = ()
-        self._head_tensors: list[dict[str, Tensor]] = []
+        self._head_leaves: dict[Slice, Tensor] = {}
 
     def twin(self) -> "LaneModel":
         """Another one around the same frozen weights, for another thread; not for full fine-tuning."""
@@ -98,7 +99,7 @@ class LaneModel:
         weights = [*model.parameters(), *model.buffers()]
         with detached(model, self.layers):
             copied = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-        other = LaneModel(replace(self.backbone, model=copied), self._modules, self._rank, self._scaling, self.dtype)
+        other = LaneModel(replace(self.backbone, model=copied), self._modules, self._rank, self.scaling, self.dtype)
         other.first_position, other.cut = self.first_position, self.cut
         other.prefix = None if self.prefix is None else replace(self.prefix, model=copied)
         return other
@@ -133,6 +134,8 @@ class LaneModel:
         self.gradients = torch.zeros_like(self.values)
         self.in_pass = ()
         self._bind_body()
+        parts = {part for heads in self._heads for part in heads.values()}
+        self._head_leaves = {part: self._leaf(part) for part in parts}
         self.activate(range(count))
 
     @torch.no_grad()
@@ -144,10 +147,6 @@ class LaneModel:
         self._store()
         self.in_pass = chosen
         self.values[: len(chosen)] = self._all[list(chosen)]
-        self._head_tensors = [
-            {name: self._leaf(lane, part) for name, part in self._heads[number].items()}
-            for lane, number in enumerate(chosen)
-        ]
         for path, layer in self.layers.items():
             own = [self._bases[number].get(path) for number in chosen]
             layer.bases = own if any(base is not None for base in own) else ()
@@ -229,9 +228,29 @@ class LaneModel:
 
     def logits(self, features: Tensor, lane: int, head_key: str) -> Tensor:
         """Applies one of a lane's heads to pooled features ``[b, hidden]``; returns ``[b, outputs]``."""
-        head = self._head_tensors[lane]
-        weight, bias = head[f"{HEAD}{head_key}.weight"], head[f"{HEAD}{head_key}.bias"]
+        weight, bias = (self._head_leaves[part][lane] for part in self.head_parts(lane, head_key))
         return F.linear(features.to(weight.dtype), weight, bias)
+
+    def head_parts(self, lane: int, head_key: str) -> tuple[Slice, Slice]:
+        """Where weight and bias of one of a lane's heads lie in its row."""
+        heads = self._heads[self.in_pass[lane]]
+        return heads[f"{HEAD}{head_key}.weight"], heads[f"{HEAD}{head_key}.bias"]
+
+    def lane_logits(self, features: Tensor, lanes: Sequence[int], parts: tuple[Slice, Slice]) -> Tensor:
+        """Applies heads of several lanes that lie in the same place.
+
+        Args:
+            features: ``[lanes, b, hidden]``.
+            lanes: Which they are, in this order.
+            parts: From :meth:`head_parts`, the same for all.
+
+        Returns:
+            ``[lanes, b, outputs]``.
+        """
+        first = list(lanes) == list(range(len(lanes)))
+        chosen = slice(len(lanes)) if first else torch.tensor(lanes, device=features.device)
+        weight, bias = (self._head_leaves[part][chosen] for part in parts)
+        return torch.baddbmm(bias.unsqueeze(1), features.to(weight.dtype), weight.transpose(1, 2))
 
     def restore(self) -> None:
         """Puts the backbone's own weights back after full fine-tuning, and switches the adapters off."""
@@ -271,17 +290,17 @@ class LaneModel:
     def _bind_body(self) -> None:
         """Points the layers at their columns; autograd adds each gradient in place into ``gradients``."""
         for path, layer in self.layers.items():
-            layer.lora_A = self._leaf(slice(None), self._body[path + LORA_A])
-            layer.lora_B = self._leaf(slice(None), self._body[path + LORA_B])
+            layer.lora_A = self._leaf(self._body[path + LORA_A])
+            layer.lora_B = self._leaf(self._body[path + LORA_B])
         for name, parameter in self.full.items():
             part = self._body[name + DELTA]
             parameter.data = self.values[0, part.start : part.stop].view(part.shape)
             parameter.requires_grad_(True)
             parameter.grad = self.gradients[0, part.start : part.stop].view(part.shape)
 
-    def _leaf(self, lane: int | slice, part: Slice) -> Tensor:
-        values = self.values[lane, part.start : part.stop]
-        shape = (len(self.values), *part.shape) if isinstance(lane, slice) else part.shape
-        leaf = values.view(shape).requires_grad_()
-        leaf.grad = self.gradients[lane, part.start : part.stop].view(shape)
+    def _leaf(self, part: Slice) -> Tensor:
+        """All lanes' columns of one tensor: ``[lanes, *shape]``."""
+        shape = (len(self.values), *part.shape)
+        leaf = self.values[:, part.start : part.stop].view(shape).requires_grad_()
+        leaf.grad = self.gradients[:, part.start : part.stop].view(shape)
         return leaf

@@ -20,6 +20,9 @@ from fltac.model.trial import FAILURES, keeps_lanes_apart, take_shortcuts
 
 TOKENS_PER_PASS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
 """What ``training.lanes: auto`` fills a pass up to at most; more is not faster there."""
+MOST_TOKENS, OPERATIONS_PER_PASS = 65536, 1e13
+"""On a GPU a pass of a small backbone with fewer operations ends before its many small kernels are launched, so that
+it gets more tokens, up to so many."""
 
 SHARE_OF_MEMORY = 0.5
 """Of the memory that is free at the start, what the activations of a pass may take."""
@@ -143,13 +146,26 @@ def choose_plan(config: TrainingConfig, model: LaneModel, task: EncodedTask, thr
     fits = SHARE_OF_MEMORY * free_memory(device) / bytes_per_token(model, task)
     batch = config.batch_size * int(task.train.lengths.max()) * width
     if config.lanes == "auto":
-        tokens = max(1, int(min(TOKENS_PER_PASS[device.type], fits)))
+        tokens = max(1, int(min(fast_tokens(device.type, model.backbone.model.num_parameters()), fits)))
         needed = max(tokens, batch)
     else:
         tokens, needed = NO_LIMIT, config.lanes * batch
     workers = max(1, min(threads, int(fits / needed))) if device.type == "cpu" else 1
     lanes = POOL if config.lanes == "auto" else config.lanes
     return LanePlan(lanes, max(1, tokens // width), model.packs, workers)
+
+
+def fast_tokens(device: str, parameters: int) -> int:
+    """Tokens of a pass past which more are not faster.
+
+    Args:
+        device: Its type.
+        parameters: Of the backbone; each takes six operations for a token, forward and backward.
+    """
+    usual = TOKENS_PER_PASS[device]
+    if device != "cuda":
+        return usual
+    return max(usual, min(MOST_TOKENS, int(OPERATIONS_PER_PASS / (6 * max(1, parameters)))))
 
 
 def bytes_per_token(model: LaneModel, task: EncodedTask) -> float:

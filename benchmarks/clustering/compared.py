@@ -1,9 +1,9 @@
-"""Writes the comparison's table and its two figures from the runs that ``compare.py`` played.
+"""Writes the comparisons' tables and figures from the runs that ``compare.py`` played.
 
     python benchmarks/clustering/compared.py
 
 ``results/clustering/comparison.md``, ``comparison-ari.svg`` (ARI over the rounds) and ``comparison-bytes.svg`` (score
-against bytes). Takes seconds; trains nothing.
+against bytes); the same named ``comparison-full`` for the full size. Takes seconds; trains nothing.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from compare import CHOSEN, METHODS, OUT, RATES, ROWS, RUNS, TRIED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS
+from compare import METHODS, OUT, SIZES, TRIED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS, Size
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -23,7 +23,8 @@ Run = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Run]]
 """By method, in the order of seeds."""
 
-TABLE = OUT.parent / "comparison.md"
+TABLES = {"small": OUT.parent / "comparison.md", "full": OUT.parent / "comparison-full.md"}
+UNNAMED = "#999999"
 COLOUR = {
     "zero": "#bbbbbb",
     "local": "#7f9cc4",
@@ -49,38 +50,59 @@ COLOUR = {
 
 
 def main() -> int:
-    regimes = played()
+    for name, size in SIZES.items():
+        place, regimes = TABLES[name], played(size)
+        write_atomic(place, ("\n".join(page(name, size, regimes)) + "\n").encode())
+        ari_figure(regimes).savefig(place.with_name(f"{place.stem}-ari.svg"))
+        bytes_figure(regimes).savefig(place.with_name(f"{place.stem}-bytes.svg"))
+        print(place)
+    return 0
+
+
+def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
+    """The lines of one size's tables."""
+    batch = next(run["config"]["training"]["batch_size"] for runs in regimes.values() for run in runs["fltac"])
     lines = [
-        "# Methods compared",
+        f"# Methods compared{', all layers adapted' if name == 'full' else ''}",
         "",
         "Written by `benchmarks/clustering/compared.py` from the files in `comparison/`; do not edit.",
         "",
-        "Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (`fedit`: 5) in the last two of six layers; "
-        f"5 rounds of 50 steps of 4 rows; scored on {ROWS} validation rows of a task; K = 5 is given but for "
-        "`fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: what the "
-        "oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the first and "
+        f"Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (`fedit`: 5) in {size.layers}; "
+        f"5 rounds of 50 steps of {batch} rows; scored on up to {size.rows} validation rows of a task; K = 5 is given "
+        "but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: what "
+        "the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the first and "
         "after the last round. ±: one standard deviation over the seeds; rows of other seeds are compared by their "
-        "regret alone. The majority class's are of all validation rows.",
+        "regret alone. The majority class's are of all validation rows. " + machines(regimes),
     ]
     for regime, runs in regimes.items():
         lines += ["", f"## Regime {regime}", "", *table(runs)]
     lines += ["", "## Against the targets", "", *targets(regimes)]
-    lines += ["", "## Learning rates", "", *rates()]
-    lines += ["", "## What profiles weigh", "", *weights()]
+    lines += ["", "## Learning rates", "", *rates(size)]
+    if name == "small":
+        lines += ["", "## What profiles weigh", "", *weights()]
     lines += ["", "## Settings", "", "Beside those that all runs have in common:", ""]
     names = [name for name in METHODS if METHODS[name] and any(name in runs for runs in regimes.values())]
-    lines += [f"- {name}: {', '.join(f'`{item}`' for item in METHODS[name])}" for name in names]
-    write_atomic(TABLE, ("\n".join(lines) + "\n").encode())
-    ari_figure(regimes).savefig(TABLE.with_name("comparison-ari.svg"))
-    bytes_figure(regimes).savefig(TABLE.with_name("comparison-bytes.svg"))
-    print(TABLE)
-    return 0
+    return lines + [f"- {name}: {', '.join(f'`{item}`' for item in METHODS[name])}" for name in names]
 
 
-def played() -> dict[str, Runs]:
+def machines(regimes: Mapping[str, Runs]) -> str:
+    """Which methods were played on a GPU, in a sentence."""
+    gpus: dict[str | None, set[str]] = defaultdict(set)
+    for runs in regimes.values():
+        for method, own in runs.items():
+            for run in own:
+                gpus[run.get("hardware", {}).get("gpu")].add(method)
+    if set(gpus) == {None}:
+        return "All on CPUs."
+    on = [f"{', '.join(sorted(gpus[gpu]))} on an {gpu}" if gpu else "" for gpu in sorted(gpus, key=str)]
+    rest = f"; {', '.join(sorted(gpus[None]))} on CPUs" if None in gpus else ""
+    return f"Played: {', '.join(filter(None, on))}{rest}. The device changes rounding alone."
+
+
+def played(size: Size) -> dict[str, Runs]:
     """All runs by regime and method, in the methods' order."""
     found: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(RUNS.glob("*.json")):
+    for path in sorted(size.runs.glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         found[run["regime"]][run["method"]].append(run)
     return {
@@ -144,8 +166,8 @@ def targets(regimes: Mapping[str, Runs]) -> list[str]:
     """How far each way to group is from what was asked of it."""
     lines = [
         "Asked: ARI of at least 0.90 after the last round; at least 99 % of the oracle's score; at most half a point "
-        "below the better one of `local` and `fedit`. The same seeds are compared, the loss of all is `plain` but for "
-        "those that are named adjusted.",
+        "below the better one of `local` and `fedit`. The same seeds are compared (in brackets how many), the loss of "
+        "all is `plain` but for those that are named adjusted.",
         "",
         "| regime | method | seeds | ARI | of the oracle | points above local | above fedit |",
         "|---|---|---|---|---|---|---|",
@@ -154,9 +176,12 @@ def targets(regimes: Mapping[str, Runs]) -> list[str]:
         for method in [name for name in runs if name.startswith("fltac")]:
             last = aris(runs[method])
             beside = [against(runs, method, other) for other in ("oracle", "local", "fedit")]
-            if all(beside) and last:
+            if beside[0] and last:
                 ratio = np.mean([mine for mine, _ in beside[0]]) / np.mean([other for _, other in beside[0]])
-                points = [f"{100 * np.mean([mine - other for mine, other in pairs]):+.1f}" for pairs in beside[1:]]
+                points = [
+                    f"{100 * np.mean([mine - other for mine, other in pairs]):+.1f} ({len(pairs)})" if pairs else ""
+                    for pairs in beside[1:]
+                ]
                 ari = np.mean([curve(run)[-1] for run in runs[method]])
                 seeds = len(runs[method])
                 lines.append(f"| {regime} | {method} | {seeds} | {ari:.2f} | {ratio:.1%} | {' | '.join(points)} |")
@@ -169,7 +194,7 @@ def against(runs: Runs, method: str, other: str) -> list[tuple[float, float]]:
     return [(run["mean_score"], theirs[run["seed"]]) for run in runs[method] if run["seed"] in theirs]
 
 
-def rates() -> list[str]:
+def rates(size: Size) -> list[str]:
     """What each learning rate scored on the seed where it was chosen."""
     lines = [
         "After three rounds of regime I with seed 0, which is none of the seeds above. Variants take the rate of "
@@ -178,10 +203,10 @@ def rates() -> list[str]:
         "| method | " + " | ".join(f"{rate:g}" for rate in TRIED) + " |",
         "|---" * (len(TRIED) + 1) + "|",
     ]
-    for method in CHOSEN:
-        paths = [RATES / f"{method}-lr{rate:g}.json" for rate in TRIED]
+    for method in size.chosen:
+        paths = [size.rates / f"{method}-lr{rate:g}.json" for rate in TRIED]
         cells = [f"{json.loads(path.read_text())['mean_score']:.3f}" if path.exists() else "" for path in paths]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines += [f"| {method} | {' | '.join(cells)} |"] if any(cells) else []
     return lines
 
 
@@ -229,8 +254,12 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
             if not groups(method) or not curves.size:
                 continue
             rounds = range(1, curves.shape[1] + 1)
-            place.plot(rounds, curves.mean(axis=0), color=COLOUR[method], marker="o", markersize=3, label=method)
-            place.fill_between(rounds, curves.min(0), curves.max(0), color=COLOUR[method], alpha=0.12, linewidth=0)
+            place.plot(
+                rounds, curves.mean(axis=0), color=COLOUR.get(method, UNNAMED), marker="o", markersize=3, label=method
+            )
+            place.fill_between(
+                rounds, curves.min(0), curves.max(0), color=COLOUR.get(method, UNNAMED), alpha=0.12, linewidth=0
+            )
         place.set_xlabel("round")
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.set_ylim(-0.05, 1.03)
@@ -251,7 +280,9 @@ def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
             gains = [run["mean_score"] - oracle[run["seed"]] for run in paired]
             sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
             spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
-            place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt="o", color=COLOUR[method], label=method)
+            place.errorbar(
+                sent, np.mean(gains), yerr=spread_of, fmt="o", color=COLOUR.get(method, UNNAMED), label=method
+            )
         place.axhline(0, color="#999999", linewidth=0.8, linestyle="--")
         place.set_xlabel("MB uploaded, all clients and rounds")
     axes[0].set_ylabel("mean score less the oracle's")

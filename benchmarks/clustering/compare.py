@@ -14,8 +14,9 @@ played again, so this can be stopped at any time and started in several processe
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -134,17 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("rates", "weights", "runs"))
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []])
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but the published, if small")
     parser.add_argument("--rates", type=float, nargs="+", default=list(TRIED))
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
+    usual = [name for name in METHODS if name in size.chosen or name not in GROUPINGS + SHARED]
+    methods = args.methods or usual
     jobs: list[Job] = []
     if args.what == "rates":
-        jobs = [
-            Job(args.size, method, rate=rate) for method in size.chosen if method in args.methods for rate in args.rates
-        ]
+        jobs = [Job(args.size, method, rate=rate) for method in size.chosen if method in methods for rate in args.rates]
     elif args.what == "weights":
         jobs = [
             Job("small", "fltac+profiles", WEIGHT_REGIME, seed, weight=name)
@@ -153,10 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
     else:
         jobs = [
-            Job(args.size, method, regime, seed)
-            for seed in args.seeds
-            for regime in args.regimes
-            for method in args.methods
+            Job(args.size, method, regime, seed) for seed in args.seeds for regime in args.regimes for method in methods
         ]
     return play_all(jobs, args.workers)
 
@@ -192,15 +190,15 @@ def play_all(jobs: Sequence[Job], workers: int) -> int:
     Returns:
         0, or 1 if one failed.
     """
-    if workers == 1:
-        for job in jobs:
-            job.play()
-        return 0
     failed = 0
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for job, future in [(job, pool.submit(job.play)) for job in jobs]:
+    with ExitStack() as stack:
+        waiting: Iterable[tuple[Job, Callable[[], None]]] = ((job, job.play) for job in jobs)
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            waiting = [(job, pool.submit(job.play).result) for job in jobs]
+        for job, result in waiting:
             try:
-                future.result()
+                result()
             except Exception as error:
                 failed += 1
                 print(f"{job}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -215,7 +213,7 @@ def rate_of(method: str, size: Size) -> list[str]:
     source = base if base in size.chosen else "fltac"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in size.rates.glob(f"{source}-lr*.json")]
     if len(found) < len(TRIED):
-        raise SystemExit(
+        raise LookupError(
             f"{size.rates}: {len(found)} of {len(TRIED)} learning rates of {source} were tried; run `rates`"
         )
     best = max(found, key=lambda run: (run["mean_score"], -run["lr"]))

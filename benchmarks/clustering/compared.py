@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from compare import METHODS, OUT, SIZES, TRIED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS, Size
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -53,15 +54,18 @@ def main() -> int:
     for name, size in SIZES.items():
         place, regimes = TABLES[name], played(size)
         write_atomic(place, ("\n".join(page(name, size, regimes)) + "\n").encode())
-        ari_figure(regimes).savefig(place.with_name(f"{place.stem}-ari.svg"))
-        bytes_figure(regimes).savefig(place.with_name(f"{place.stem}-bytes.svg"))
+        # The same runs give the same file.
+        with rc_context({"svg.hashsalt": name}):
+            ari_figure(regimes).savefig(place.with_name(f"{place.stem}-ari.svg"), metadata={"Date": None})
+            bytes_figure(regimes).savefig(place.with_name(f"{place.stem}-bytes.svg"), metadata={"Date": None})
         print(place)
     return 0
 
 
 def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
     """The lines of one size's tables."""
-    batch = next(run["config"]["training"]["batch_size"] for runs in regimes.values() for run in runs["fltac"])
+    first = next(run for runs in regimes.values() for own in runs.values() for run in own)
+    batch = first["config"]["training"]["batch_size"]
     lines = [
         f"# Methods compared{', all layers adapted' if name == 'full' else ''}",
         "",
@@ -207,6 +211,7 @@ def rates(size: Size) -> list[str]:
         paths = [size.rates / f"{method}-lr{rate:g}.json" for rate in TRIED]
         cells = [f"{json.loads(path.read_text())['mean_score']:.3f}" if path.exists() else "" for path in paths]
         lines += [f"| {method} | {' | '.join(cells)} |"] if any(cells) else []
+    lines += ["", "Where the best is at an end of what was tried, another rate may be better."]
     return lines
 
 

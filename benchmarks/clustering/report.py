@@ -84,8 +84,8 @@ def uploads_table(recordings: Sequence[Recording]) -> list[str]:
 
 
 def by_what_was_learned(recording: Recording) -> list[str]:
-    """ARI of all slots under the default rule; of those above the majority class, and of those clearly above, the
-    share of all slots and their ARI in the same grouping. All are means over the draws."""
+    """ARI of all slots under the default rule; of those above the majority class, and of those clearly above, how many
+    they are, of how many tasks, and their ARI in the same grouping. ARIs are means over the draws."""
     k = len(set(recording.truth.tolist()))
     draws = [RULES["default"](recording, k, start) for start in range(STARTS)]
 
@@ -97,7 +97,9 @@ def by_what_was_learned(recording: Recording) -> list[str]:
         return [*out, "", "", "", ""]
     for margin in (0.0, CLEAR):
         own = recording.scores > recording.majority + margin
-        out += [f"{own.mean():.2f}", ari(own)]
+        tasks = len(set(recording.truth[own].tolist()))
+        # With slots of one task only there is nothing to tell apart.
+        out += [f"{own.sum()} of {tasks} tasks", ari(own) if tasks > 1 else ""]
     return out
 
 
@@ -162,9 +164,9 @@ def main() -> int:
         "## What is in the uploads",
         "",
         "Ceiling: ARI of a classifier that is told the tasks of all other clients. K: as `k: auto` chooses it, with "
-        "cannot-link and without. ARI: of the default rule, K given. Above majority: the share of slots whose upload "
-        "scores above its task's most frequent class, where scores were taken; their ARI: of these slots alone, in the "
-        "same grouping of all.",
+        "cannot-link and without. ARI: of the default rule, K given. Above majority: the slots whose upload scores "
+        "above its task's most frequent class, where scores were taken, and of how many tasks they are; their ARI: of "
+        "these slots alone, in the same grouping of all.",
         "",
         *uploads_table(recordings),
     ]

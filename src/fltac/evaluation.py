@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
-from fltac.client.training import row_keys
+from fltac.client.losses import row_keys
 from fltac.config import Config
 from fltac.config.metrics import worst
 from fltac.data.encoded import EncodedTask

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fltac.client.client import LocalTask, label_shares
-from fltac.client.training import loss_of
+from fltac.client.losses import loss_of
 from fltac.config import TrainingConfig
 from fltac.config.training import Loss
 

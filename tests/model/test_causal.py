@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
+from fltac.client.losses import Step
 from fltac.client.schedule import LanePlan
-from fltac.client.training import Step, TrainJob, train_pool
+from fltac.client.training import TrainJob, train_pool
 from fltac.config import BackboneConfig, TrainingConfig
 from fltac.errors import InputError
 from fltac.model.attention import use_own_attention

@@ -80,6 +80,18 @@ def test_what_a_cls_head_does_not_read_is_left_out(name: str, packs: bool, tmp_p
     assert without[1].abs().max() > 1e-3
 
 
+def test_adapters_that_change_nothing_are_not_taken_for_mixed(tmp_path: Path) -> None:
+    """Queries and keys of rows of one token: what differs between passes is rounding, however they are run."""
+    model = make("llama (grouped queries)", tmp_path, False, None, "mean")
+    for path, layer in model.layers.items():
+        if not path.endswith(("q_proj", "k_proj")):
+            layer.register_forward_hook(lambda layer, args, out: layer.base(args[0]))
+    rounded = model.layers[next(path for path in model.layers if path.endswith("v_proj"))].base
+    rounded.register_forward_hook(lambda _, args, out: out * (1 + 1e-6 * len(args[0])))
+    batches = [{name: value[:1, :1] for name, value in numpy_batch("text", seed).items()} for seed in range(2)]
+    assert keeps_lanes_apart(model, batches)
+
+
 def test_nothing_is_cut_where_the_head_reads_all_tokens(tmp_path: Path) -> None:
     model = make("bert", tmp_path, False, None, "mean")
     take_shortcuts(model, [numpy_batch("text", seed) for seed in range(2)])

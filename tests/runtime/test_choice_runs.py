@@ -10,7 +10,8 @@ import pytest
 import fltac
 from fltac.client.assignment import choose, row_losses, slot_losses
 from fltac.client.client import Client, plan_jobs, reply_of, start_adapter
-from fltac.client.training import Step, lane_losses, train
+from fltac.client.losses import Step, lane_losses
+from fltac.client.training import train
 from fltac.records import Reply, Request, is_head
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.lane_setup import choose_plan

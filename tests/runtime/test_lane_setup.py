@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,12 +39,21 @@ def test_a_pass_holds_what_is_fast_or_what_fits(tiny_bert: Path, monkeypatch: py
     assert (fixed.lanes, fixed.tokens, fixed.workers) == (3, lane_setup.NO_LIMIT, 2)
 
 
-def test_a_small_backbone_gets_larger_passes_on_a_gpu() -> None:
-    """1e13 operations at six for each parameter and token, between 16,384 and 65,536 tokens."""
-    assert fast_tokens("cuda", 22_700_000) == 65536
-    assert fast_tokens("cuda", 50_000_000) == 33333
-    assert fast_tokens("cuda", 7_000_000_000) == 16384
-    assert fast_tokens("cpu", 22_700_000) == 1536
+@pytest.mark.parametrize(
+    ("device", "kind", "parameters", "tokens"),
+    [
+        ("cuda", "text", 22_700_000, 65536),
+        ("cuda", "image", 50_000_000, 50000),
+        ("cuda", "text", 7_000_000_000, 16384),
+        ("cuda", "causal-lm", 22_700_000, 16384),
+        ("cpu", "text", 22_700_000, 1536),
+    ],
+)
+def test_a_small_backbone_gets_larger_passes_on_a_gpu(device: str, kind: str, parameters: int, tokens: int) -> None:
+    """1e13 operations at four for each parameter and token, between 16,384 and 65,536 tokens."""
+    model = SimpleNamespace(num_parameters=lambda: parameters)
+    backbone = SimpleNamespace(device=torch.device(device), kind=kind, model=model)
+    assert fast_tokens(backbone) == tokens  # type: ignore[arg-type]
 
 
 def test_the_activations_of_a_token_are_measured(tiny_bert: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fltac.client.batches import Rows
 from fltac.client.client import Client, LocalTask, start_adapter
-from fltac.client.training import row_keys
+from fltac.client.losses import row_keys
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
 from fltac.records import Adapter, Request

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fltac.client.batches import BatchKey, hold_back, make_batches
-from fltac.client.training import Step, Trained, TrainJob
+from fltac.client.losses import Step
+from fltac.client.training import Trained, TrainJob
 from fltac.config import Config, TrainingConfig
 from fltac.data.augment import Views, draw_views
 from fltac.data.encoded import EncodedTask

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fltac.client.client import Client, LocalTask
-from fltac.client.training import row_keys
+from fltac.client.losses import row_keys
 from fltac.config import Config
 from fltac.model.lanes import LaneModel
 from fltac.records import FloatArray

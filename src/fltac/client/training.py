@@ -4,55 +4,25 @@ The loss of a batch is the sum of the lanes' own mean losses, so each lane's gra
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fltac.client.crew import Crew
+from fltac.client.losses import Step, lane_losses
 from fltac.client.memory import give_back
 from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
-from fltac.config.training import Loss
-from fltac.data.augment import Views, seen
-from fltac.data.encoded import EncodedTask, Split
 from fltac.model.lanes import LaneModel
-from fltac.model.prefix import RowKey
 from fltac.records import Adapter, is_head
-
-
-@dataclass(frozen=True)
-class Step:
-    """One batch of one adapter's training: rows of a task's training split, through one of its heads.
-
-    ``shares`` are those of the classes among all the slot's rows, ``[outputs]``, where the loss asks for them;
-    ``views`` is what the images are seen as, where they are augmented.
-    """
-
-    task: EncodedTask
-    head_key: str
-    rows: NDArray[np.int64]
-    shares: NDArray[np.float64] | None = None
-    views: Views | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        return int(self.task.train.lengths[self.rows].max())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows."""
-        return int(self.task.train.lengths[self.rows].sum())
 
 
 @dataclass(frozen=True)
@@ -198,6 +168,8 @@ def train_pool(
 ) -> list[Trained]:
     """Trains jobs (of one batch size, where rows are padded) through common passes; returns results in their order."""
     passes = plan_passes([job.packed_sizes if plan.packed else job.padded_sizes for job in pool], plan)
+    # Lanes with the same head side by side, so that their heads are one product.
+    passes = [sorted(numbers, key=lambda number: (pool[number].steps[0].head_key, number)) for numbers in passes]
     model.load([job.start for job in pool], max(map(len, passes)))
     frozen = model.columns(pool[0].freezes)  # The same for all jobs of a round.
     optimizer = LaneOptimizer(config, model.rows(), [len(job.steps) for job in pool], frozen)
@@ -218,79 +190,3 @@ def train_pool(
     model.lanes.dropout = 0.0
     totals = sums.tolist()
     return [Trained(job, model.read(number), totals[number] / len(job.steps)) for number, job in enumerate(pool)]
-
-
-def lane_losses(model: LaneModel, steps: Sequence[Step], loss: Loss = "plain") -> Tensor:
-    """Each lane's mean loss on its batch: ``[lanes]``; of a causal language model the mean over response tokens."""
-    lengths = [step.length for step in steps]
-    longest = None if model.packs else max(lengths)
-    batch = model.stack([_inputs(step, longest) for step in steps])
-    model.lanes.lengths = lengths if steps[0].task.kind != "image" else ()
-    # What the frozen layers make of a row is kept for the row, not for a view of it.
-    kept = model.prefix is not None and all(step.views is None for step in steps)
-    keys = [key for step in steps for key in row_keys(step.task.train, step.rows)] if kept else []
-    sizes = [len(step.rows) for step in steps]
-    if steps[0].task.kind == "causal-lm":
-        sums, counts = model.predictions(batch, len(steps), keys).row_losses()
-        each = zip(torch.split(sums, sizes), torch.split(counts, sizes), strict=True)
-        return torch.stack([own.sum() / count.sum() for own, count in each])
-    features = torch.split(model.features(batch, len(steps), keys), sizes)
-    lanes = alike_lanes(model, steps)
-    losses = torch.cat([_common_losses(model, features, steps, own, loss) for own in lanes])
-    order = [lane for own in lanes for lane in own]
-    return losses if len(lanes) == 1 else losses[np.argsort(order)]
-
-
-def alike_lanes(model: LaneModel, steps: Sequence[Step]) -> list[list[int]]:
-    """Lanes whose heads are applied in one product: the same place, as many rows, labels of one kind."""
-    found: dict[Hashable, list[int]] = {}
-    for lane, step in enumerate(steps):
-        kind = (step.task.train.labels.dtype.kind, step.shares is None)
-        found.setdefault((model.head_parts(lane, step.head_key), len(step.rows), kind), []).append(lane)
-    return list(found.values())
-
-
-def _common_losses(
-    model: LaneModel, features: Sequence[Tensor], steps: Sequence[Step], lanes: Sequence[int], loss: Loss
-) -> Tensor:
-    """The losses of lanes that are alike: ``[lanes]``."""
-    own = [steps[lane] for lane in lanes]
-    parts = model.head_parts(lanes[0], own[0].head_key)
-    logits = model.lane_logits(torch.stack([features[lane] for lane in lanes]), lanes, parts)
-    labels = np.stack([np.asarray(step.task.train.labels[step.rows]) for step in own])
-    shares = None if own[0].shares is None else np.stack([step.shares for step in own if step.shares is not None])
-    return loss_of(logits, torch.from_numpy(labels).to(logits.device), loss, shares)
-
-
-def _inputs(step: Step, longest: int | None) -> dict[str, NDArray[Any]]:
-    batch = step.task.train.batch(step.rows, longest)
-    return batch if step.views is None else seen(batch, step.views)
-
-
-def row_keys(split: Split, rows: NDArray[np.int64]) -> list[RowKey]:
-    """What rows are known by where results of frozen layers are kept."""
-    return [(split.fingerprint, row) for row in rows.tolist()]
-
-
-def loss_of(logits: Tensor, labels: Tensor, loss: Loss = "plain", shares: NDArray[np.float64] | None = None) -> Tensor:
-    """The mean losses of batches.
-
-    Args:
-        logits: ``[..., b, classes]``; ``[..., b, 1]`` with a regression.
-        labels: int64 ``[..., b]`` class numbers; floats make it a mean squared error.
-        loss: ``logit-adjusted``: cross entropy of ``logits + log(shares)`` (arXiv 2007.07314, eq. 10, tau = 1).
-            ``balanced``: each row times 1 / (classes * share of its class), which is 1 on average over the slot's rows.
-        shares: Of the classes among the slot's rows, ``[..., classes]``; not needed for ``plain``.
-
-    Returns:
-        ``[...]``: of each batch.
-    """
-    if labels.is_floating_point():
-        return ((logits.squeeze(-1) - labels.to(logits.dtype)) ** 2).mean(-1)
-    own = None if shares is None else torch.from_numpy(shares).to(logits)
-    if own is not None and loss == "logit-adjusted":
-        logits = logits + own.log().unsqueeze(-2)
-    each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
-    if own is not None and loss == "balanced":
-        each = each / (own.shape[-1] * own.gather(-1, labels))
-    return each.mean(-1)

@@ -90,7 +90,6 @@ class LaneModel:
         self.values = self._all
         self.gradients = self._all
         self.in_pass: tuple[int, ...] = ()
-        self._head_leaves: dict[Slice, Tensor] = {}
 
     def twin(self) -> "LaneModel":
         """Another one around the same frozen weights, for another thread; not for full fine-tuning."""
@@ -134,8 +133,6 @@ class LaneModel:
         self.gradients = torch.zeros_like(self.values)
         self.in_pass = ()
         self._bind_body()
-        parts = {part for heads in self._heads for part in heads.values()}
-        self._head_leaves = {part: self._leaf(part) for part in parts}
         self.activate(range(count))
 
     @torch.no_grad()
@@ -226,30 +223,25 @@ class LaneModel:
             self.lanes.packed = batch.rows if isinstance(batch, PackedBatch) else None
             yield
 
-    def logits(self, features: Tensor, lane: int, head_key: str) -> Tensor:
-        """Applies one of a lane's heads to pooled features ``[b, hidden]``; returns ``[b, outputs]``."""
-        weight, bias = (self._head_leaves[part][lane] for part in self.head_parts(lane, head_key))
-        return F.linear(features.to(weight.dtype), weight, bias)
-
     def head_parts(self, lane: int, head_key: str) -> tuple[Slice, Slice]:
         """Where weight and bias of one of a lane's heads lie in its row."""
         heads = self._heads[self.in_pass[lane]]
         return heads[f"{HEAD}{head_key}.weight"], heads[f"{HEAD}{head_key}.bias"]
 
-    def lane_logits(self, features: Tensor, lanes: Sequence[int], parts: tuple[Slice, Slice]) -> Tensor:
-        """Applies heads of several lanes that lie in the same place.
+    def logits(self, features: Tensor, lane: int, head_key: str) -> Tensor:
+        """Applies one of a lane's heads to pooled features ``[b, hidden]``; returns ``[b, outputs]``."""
+        weight, bias = (self._leaf(lane, part) for part in self.head_parts(lane, head_key))
+        return F.linear(features.to(weight.dtype), weight, bias)
+
+    def lane_logits(self, features: Tensor, first: int, parts: tuple[Slice, Slice]) -> Tensor:
+        """Applies heads of neighbouring lanes that lie in the same place: ``[lanes, b, outputs]``.
 
         Args:
             features: ``[lanes, b, hidden]``.
-            lanes: Which they are, in this order.
+            first: Which lane is the first of these.
             parts: From :meth:`head_parts`, the same for all.
-
-        Returns:
-            ``[lanes, b, outputs]``.
         """
-        first = list(lanes) == list(range(len(lanes)))
-        chosen = slice(len(lanes)) if first else torch.tensor(lanes, device=features.device)
-        weight, bias = (self._head_leaves[part][chosen] for part in parts)
+        weight, bias = (self._leaf(slice(first, first + len(features)), part) for part in parts)
         return torch.baddbmm(bias.unsqueeze(1), features.to(weight.dtype), weight.transpose(1, 2))
 
     def restore(self) -> None:
@@ -290,17 +282,18 @@ class LaneModel:
     def _bind_body(self) -> None:
         """Points the layers at their columns; autograd adds each gradient in place into ``gradients``."""
         for path, layer in self.layers.items():
-            layer.lora_A = self._leaf(self._body[path + LORA_A])
-            layer.lora_B = self._leaf(self._body[path + LORA_B])
+            layer.lora_A = self._leaf(slice(None), self._body[path + LORA_A])
+            layer.lora_B = self._leaf(slice(None), self._body[path + LORA_B])
         for name, parameter in self.full.items():
             part = self._body[name + DELTA]
             parameter.data = self.values[0, part.start : part.stop].view(part.shape)
             parameter.requires_grad_(True)
             parameter.grad = self.gradients[0, part.start : part.stop].view(part.shape)
 
-    def _leaf(self, part: Slice) -> Tensor:
-        """All lanes' columns of one tensor: ``[lanes, *shape]``."""
-        shape = (len(self.values), *part.shape)
-        leaf = self.values[:, part.start : part.stop].view(shape).requires_grad_()
-        leaf.grad = self.gradients[:, part.start : part.stop].view(shape)
+    def _leaf(self, lanes: int | slice, part: Slice) -> Tensor:
+        """One lane's tensor, or some lanes' ``[lanes, *shape]``; its gradient goes into ``gradients``."""
+        values, gradients = self.values[lanes, part.start : part.stop], self.gradients[lanes, part.start : part.stop]
+        shape = (*values.shape[:-1], *part.shape)
+        leaf = values.view(shape).requires_grad_()
+        leaf.grad = gradients.view(shape)
         return leaf

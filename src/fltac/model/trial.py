@@ -19,6 +19,8 @@ LaneBatch = Mapping[str, NDArray[Any]]
 MIXING = 0.01
 """A lane's features that differ from those it gives alone by more than this share of what its adapter changes in them
 have seen another lane's rows."""
+ROUNDING = 1e-4
+"""The same as a share of the features is rounding alone, for adapters that change next to nothing."""
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError)
 """What a model may answer to being run in a way that it was not written for."""
 
@@ -58,7 +60,8 @@ def keeps_lanes_apart(model: LaneModel, batches: Sequence[LaneBatch]) -> bool:
         alone.append(model.features(model.stack([batch]), 1))
     model.lanes.active = 0
     apart = torch.cat(alone)
-    return bool((together - apart).abs().max() <= MIXING * (apart - bare).abs().max())
+    changed, largest = (apart - bare).abs().max(), apart.abs().max()
+    return bool((together - apart).abs().max() <= torch.maximum(MIXING * changed, ROUNDING * largest))
 
 
 @torch.no_grad()

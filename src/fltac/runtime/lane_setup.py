@@ -146,7 +146,7 @@ def choose_plan(config: TrainingConfig, model: LaneModel, task: EncodedTask, thr
     fits = SHARE_OF_MEMORY * free_memory(device) / bytes_per_token(model, task)
     batch = config.batch_size * int(task.train.lengths.max()) * width
     if config.lanes == "auto":
-        tokens = max(1, int(min(fast_tokens(device.type, model.backbone.model.num_parameters()), fits)))
+        tokens = max(1, int(min(fast_tokens(model.backbone), fits)))
         needed = max(tokens, batch)
     else:
         tokens, needed = NO_LIMIT, config.lanes * batch
@@ -155,17 +155,16 @@ def choose_plan(config: TrainingConfig, model: LaneModel, task: EncodedTask, thr
     return LanePlan(lanes, max(1, tokens // width), model.packs, workers)
 
 
-def fast_tokens(device: str, parameters: int) -> int:
+def fast_tokens(backbone: Backbone) -> int:
     """Tokens of a pass past which more are not faster.
 
-    Args:
-        device: Its type.
-        parameters: Of the backbone; each takes six operations for a token, forward and backward.
+    Each parameter takes about four operations for a token, forward and backward through the activations. Not so many
+    of a causal language model, whose logits take more memory than a small pass shows.
     """
-    usual = TOKENS_PER_PASS[device]
-    if device != "cuda":
+    usual = TOKENS_PER_PASS[backbone.device.type]
+    if backbone.device.type != "cuda" or backbone.kind == "causal-lm":
         return usual
-    return max(usual, min(MOST_TOKENS, int(OPERATIONS_PER_PASS / (6 * max(1, parameters)))))
+    return max(usual, min(MOST_TOKENS, int(OPERATIONS_PER_PASS / (4 * max(1, backbone.model.num_parameters())))))
 
 
 def bytes_per_token(model: LaneModel, task: EncodedTask) -> float:

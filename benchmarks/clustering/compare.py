@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []])
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but the published, if small")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(TRIED))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(TRIED), help="at least three are tried")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from compare import METHODS, OUT, SIZES, TRIED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS, Size
+from compare import METHODS, OUT, SIZES, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS, Size
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -25,7 +25,6 @@ Runs = Mapping[str, Sequence[Run]]
 """By method, in the order of seeds."""
 
 TABLES = {"small": OUT.parent / "comparison.md", "full": OUT.parent / "comparison-full.md"}
-UNNAMED = "#999999"
 COLOUR = {
     "zero": "#bbbbbb",
     "local": "#7f9cc4",
@@ -64,8 +63,7 @@ def main() -> int:
 
 def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
     """The lines of one size's tables."""
-    first = next(run for runs in regimes.values() for own in runs.values() for run in own)
-    batch = first["config"]["training"]["batch_size"]
+    batch = next(iter(next(iter(regimes.values())).values()))[0]["config"]["training"]["batch_size"]
     lines = [
         f"# Methods compared{', all layers adapted' if name == 'full' else ''}",
         "",
@@ -200,18 +198,20 @@ def against(runs: Runs, method: str, other: str) -> list[tuple[float, float]]:
 
 def rates(size: Size) -> list[str]:
     """What each learning rate scored on the seed where it was chosen."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in size.rates.glob("*.json")]
+    scores = {(run["method"], run["lr"]): run["mean_score"] for run in runs}
+    tried = sorted({rate for _, rate in scores})
     lines = [
         "After three rounds of regime I with seed 0, which is none of the seeds above. Variants take the rate of "
-        "their method, the oracle that of `fltac`, `central` the config's.",
+        "their method, the oracle that of `fltac`, `central` the config's. Where the best is at an end of what was "
+        "tried, another rate may be better.",
         "",
-        "| method | " + " | ".join(f"{rate:g}" for rate in TRIED) + " |",
-        "|---" * (len(TRIED) + 1) + "|",
+        "| method | " + " | ".join(f"{rate:g}" for rate in tried) + " |",
+        "|---" * (len(tried) + 1) + "|",
     ]
-    for method in size.chosen:
-        paths = [size.rates / f"{method}-lr{rate:g}.json" for rate in TRIED]
-        cells = [f"{json.loads(path.read_text())['mean_score']:.3f}" if path.exists() else "" for path in paths]
-        lines += [f"| {method} | {' | '.join(cells)} |"] if any(cells) else []
-    lines += ["", "Where the best is at an end of what was tried, another rate may be better."]
+    for method in [name for name in size.chosen if any(name == other for other, _ in scores)]:
+        cells = [f"{scores[method, rate]:.3f}" if (method, rate) in scores else "" for rate in tried]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
 
 
@@ -260,10 +260,10 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
                 continue
             rounds = range(1, curves.shape[1] + 1)
             place.plot(
-                rounds, curves.mean(axis=0), color=COLOUR.get(method, UNNAMED), marker="o", markersize=3, label=method
+                rounds, curves.mean(axis=0), color=COLOUR.get(method, "#999999"), marker="o", markersize=3, label=method
             )
             place.fill_between(
-                rounds, curves.min(0), curves.max(0), color=COLOUR.get(method, UNNAMED), alpha=0.12, linewidth=0
+                rounds, curves.min(0), curves.max(0), color=COLOUR.get(method, "#999999"), alpha=0.12, linewidth=0
             )
         place.set_xlabel("round")
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -286,7 +286,7 @@ def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
             sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
             spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
             place.errorbar(
-                sent, np.mean(gains), yerr=spread_of, fmt="o", color=COLOUR.get(method, UNNAMED), label=method
+                sent, np.mean(gains), yerr=spread_of, fmt="o", color=COLOUR.get(method, "#999999"), label=method
             )
         place.axhline(0, color="#999999", linewidth=0.8, linestyle="--")
         place.set_xlabel("MB uploaded, all clients and rounds")

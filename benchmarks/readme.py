@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from fltac.config.metrics import higher_is_better
@@ -70,20 +71,19 @@ def speed() -> str:
 
 
 def filled(text: str) -> str:
-    """A page's text with every ``<!-- table:NAME -->`` block generated again, and the one of speed."""
-    text = re.sub(
-        "<!-- speed -->.*?<!-- end:speed -->",
-        lambda _: f"<!-- speed -->\n{speed()}\n<!-- end:speed -->",
-        text,
-        flags=re.S,
-    )
-    for name, folder in TABLES.items():
+    """A page's text with its blocks, ``<!-- table:NAME -->`` to ``<!-- end:NAME -->``, generated again."""
+    blocks = {name: partial(table_and_reading, name, folder) for name, folder in TABLES.items()} | {"speed": speed}
+    for name, make in blocks.items():
         start, end = f"<!-- table:{name} -->", f"<!-- end:{name} -->"
-        if start not in text:
-            continue
-        block = f"{start}\n{generated(name, folder)}\n\n{reading(folder)}\n{end}"
-        text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _, block=block: block, text, flags=re.S)
+        if start in text:
+            block = f"{start}\n{make()}\n{end}"
+            text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _, block=block: block, text, flags=re.S)
     return text
+
+
+def table_and_reading(name: str, folder: Path) -> str:
+    """An experiment's block."""
+    return f"{generated(name, folder)}\n\n{reading(folder)}"
 
 
 def main() -> int:

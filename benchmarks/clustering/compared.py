@@ -250,6 +250,11 @@ def legend(figure: Figure, axes: Sequence[Any]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
 
 
+def colour(method: str) -> str:
+    """Of a method's marks; grey for those without one of their own."""
+    return COLOUR.get(method, "#999999")
+
+
 def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
     """Mean ARI over the rounds, with the span of the seeds."""
     figure, axes = panels(regimes)
@@ -259,12 +264,8 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
             if not groups(method) or not curves.size:
                 continue
             rounds = range(1, curves.shape[1] + 1)
-            place.plot(
-                rounds, curves.mean(axis=0), color=COLOUR.get(method, "#999999"), marker="o", markersize=3, label=method
-            )
-            place.fill_between(
-                rounds, curves.min(0), curves.max(0), color=COLOUR.get(method, "#999999"), alpha=0.12, linewidth=0
-            )
+            place.plot(rounds, curves.mean(axis=0), color=colour(method), marker="o", markersize=3, label=method)
+            place.fill_between(rounds, curves.min(0), curves.max(0), color=colour(method), alpha=0.12, linewidth=0)
         place.set_xlabel("round")
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.set_ylim(-0.05, 1.03)
@@ -285,9 +286,7 @@ def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
             gains = [run["mean_score"] - oracle[run["seed"]] for run in paired]
             sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
             spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
-            place.errorbar(
-                sent, np.mean(gains), yerr=spread_of, fmt="o", color=COLOUR.get(method, "#999999"), label=method
-            )
+            place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt="o", color=colour(method), label=method)
         place.axhline(0, color="#999999", linewidth=0.8, linestyle="--")
         place.set_xlabel("MB uploaded, all clients and rounds")
     axes[0].set_ylabel("mean score less the oracle's")

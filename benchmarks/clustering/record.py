@@ -7,6 +7,7 @@ Needs FLTAC_DATA (but for regime V). A recording that is there already is not ma
 
 import argparse
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def grams(
 ) -> dict[str, NDArray[np.float64]]:
     """All inner products, from formed products."""
     n = len(adapters)
-    out: dict[str, list[NDArray[np.float64]]] = {"product": [], "product_seen": [], "a": [], "b": [], "head": []}
+    out: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     for module in lora_modules(initial):
         a = np.stack([adapter[module + LORA_A] for adapter in adapters]).astype(np.float64)
         b = np.stack([adapter[module + LORA_B] for adapter in adapters]).astype(np.float64)
@@ -133,6 +134,8 @@ def grams(
             "a": a - initial[module + LORA_A],
             "b": b - initial[module + LORA_B],
         }
+        if a.shape[1] > 1:
+            flat["product_top"] = leading_direction(product)
         for kind, values in flat.items():
             rows = values.reshape(n, -1).astype(np.float32)
             out[kind].append((rows @ rows.T).astype(np.float64))
@@ -147,6 +150,18 @@ def grams(
             total += rows @ rows.T
         out["head"].append(total)
     return {kind: np.stack(matrices) for kind, matrices in out.items()}
+
+
+def leading_direction(products: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The best approximation of rank 1 of each product: ``[n, out, in]``.
+
+    From the eigenvectors of the smaller side; a product that is zero stays so.
+    """
+    small = products if products.shape[1] <= products.shape[2] else products.transpose(0, 2, 1)
+    _, vectors = np.linalg.eigh((small @ small.transpose(0, 2, 1)).astype(np.float64))
+    left = vectors[:, :, -1:].astype(np.float32)
+    top = left @ (left.transpose(0, 2, 1) @ small)
+    return np.asarray(top if small is products else top.transpose(0, 2, 1))
 
 
 @torch.no_grad()

@@ -1,56 +1,106 @@
-"""Replays clustering rules on recordings and prints ARI, mean and spread over training seeds.
+"""Replays clustering rules on recordings and keeps how well they group: ``results/clustering/replays.json``.
 
-python benchmarks/clustering/replay.py --recordings 'I-rank1-*-tau50' --rules paper default
+    python benchmarks/clustering/replay.py
+    python benchmarks/clustering/replay.py --recordings 'I-rank1-*-tau50' --rules paper default --again
+
+Trains nothing. A rule that was replayed on a recording is not replayed there again, unless its definition in
+``rules.py`` has changed or ``--again`` asks for it (after a change of the package or of a kernel).
 """
 
 import argparse
-from collections import defaultdict
+import json
+import os
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+
+# Before numpy: a replay is many small products, and several run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 from record import FOLDER
-from recording import Recording, load_all
+from recording import Recording
 from rules import RULES
 from sklearn.metrics import adjusted_rand_score
+from uploads import described
+
+from fltac.evaluation import best_match_accuracy
+from fltac.runtime.atomic import write_atomic
+from fltac.runtime.provenance import code_state, versions
+
+OUT = FOLDER.parent / "replays.json"
+DRAWS = 5
+"""Of each rule on each recording; a draw of K-means is the best of 20 starts."""
+
+Found = dict[str, Any]
 
 
-def setting_of(recording: Recording) -> str:
-    """A recording's name without its seed."""
-    facts = recording.facts
-    loss = "" if facts["loss"] == "plain" else f" {facts['loss']}"
-    rank = "" if facts["rank"] in (1, 2) else f" rank {facts['rank']}"
-    return f"{facts['regime']}{rank}{loss} τ={facts['tau']}"
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recordings", default="*", help="pattern of their names")
-    parser.add_argument("--rules", nargs="+", default=list(RULES))
-    parser.add_argument("--starts", type=int, default=20, help="draws of each rule on each recording")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
+    parser.add_argument("--again", action="store_true", help="replay what was replayed before")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    print("\n".join(table(load_all(args.folder, args.recordings), args.rules, args.starts)))
+    found = load()
+    paths = sorted(FOLDER.glob(f"{args.recordings}.safetensors"))
+    jobs = []
+    for path in paths:
+        known = found.get(path.stem, {}).get("rules", {})
+        rules = [rule for rule in args.rules if args.again or known.get(rule, {}).get("rule") != repr(RULES[rule])]
+        if rules:
+            jobs.append((path, rules, args.again or "uploads" not in found.get(path.stem, {})))
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        for (path, rules, _), result in zip(jobs, pool.map(replayed, *zip(*jobs, strict=True)), strict=True):
+            own = found.setdefault(path.stem, {"rules": {}})
+            own |= {name: value for name, value in result.items() if name != "rules"}
+            own["rules"] |= result["rules"]
+            print(path.stem, f"{len(rules)} rules", file=sys.stderr, flush=True)
+            save(found)
+    for path in paths:
+        cells = [f"{rule} {found[path.stem]['rules'][rule]['ari']:.2f}" for rule in args.rules]
+        print(f"{path.stem}: {', '.join(cells)}")
+    return 0
 
 
-def table(recordings: Sequence[Recording], rules: Sequence[str], starts: int) -> list[str]:
-    """Lines of a Markdown table: ARI of each rule on each setting, mean and spread over the settings' seeds."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    settings: dict[str, int] = defaultdict(int)
-    for recording in recordings:
-        setting = setting_of(recording)
-        settings[setting] += 1
-        k = len(set(recording.truth.tolist()))
-        for name in rules:
-            draws = [adjusted_rand_score(recording.truth, RULES[name](recording, k, start)) for start in range(starts)]
-            found[name][setting].append(float(np.mean(draws)))
-    lines = ["| rule | " + " | ".join(f"{setting} ({count})" for setting, count in settings.items()) + " |"]
-    lines.append("|---" * (len(settings) + 1) + "|")
-    for name, by_setting in found.items():
-        cells = [f"{np.mean(values):.2f} ± {np.std(values):.2f}" for values in by_setting.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+def replayed(path: Path, rules: Sequence[str], describe: bool) -> Found:
+    """The facts of a recording and what rules find on it.
+
+    Args:
+        path: Of the recording.
+        rules: By name.
+        describe: Also say what is in the uploads.
+    """
+    recording = Recording.load(path)
+    truth = recording.truth.tolist()
+    k, out = len(set(truth)), {}
+    for name in rules:
+        labels = [RULES[name](recording, k, start).tolist() for start in range(DRAWS)]
+        aris = [adjusted_rand_score(truth, own) for own in labels]
+        out[name] = {
+            "rule": repr(RULES[name]),
+            "ari": round(float(np.mean(aris)), 4),
+            "ari_least": round(float(np.min(aris)), 4),
+            "accuracy": round(float(np.mean([best_match_accuracy(truth, own) for own in labels])), 4),
+        }
+    facts = {name: recording.facts[name] for name in ("regime", "rank", "loss", "seed", "tau")}
+    return {**facts, **({"uploads": described(recording, DRAWS)} if describe else {}), "rules": out}
+
+
+def load() -> dict[str, Found]:
+    """What was replayed before, by recording."""
+    return json.loads(OUT.read_text(encoding="utf-8"))["recordings"] if OUT.exists() else {}
+
+
+def save(found: dict[str, Found]) -> None:
+    """Writes all that was replayed."""
+    record = {"git": code_state(), "versions": versions(), "draws": DRAWS, "recordings": dict(sorted(found.items()))}
+    write_atomic(OUT, (json.dumps(record, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

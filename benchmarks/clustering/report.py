@@ -1,106 +1,120 @@
-"""Writes the lab's tables from the committed recordings and films: ``results/clustering/lab.md``.
+"""Writes the lab's tables from the committed replays, films and profiles: ``results/clustering/lab.md``.
 
     python benchmarks/clustering/report.py
 
-Rules on first-round uploads, what a supervised classifier reaches there, how many clusters are chosen, and ARI over the
-rounds of the filmed runs. Takes minutes on one core; trains nothing.
+Rules on first-round uploads as ``replay.py`` has replayed them, what a supervised classifier reaches there, how many
+clusters are chosen, and ARI over the rounds of the filmed runs. Takes minutes on one core; trains nothing.
 """
 
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import partial
+from operator import itemgetter
 
 import numpy as np
 from accumulate import HYSTERESES, WAYS, kept, replayed
 from film import FILMS
-from numpy.typing import NDArray
 from profiles import FILMED, WEIGHT, WEIGHTS
 from profiles import OUT as PROFILES
 from record import FOLDER
-from recording import Gram, Recording, load_all
-from replay import setting_of, table
-from rules import KERNELS, RULES, by_matrix, cosine
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score
+from replay import DRAWS, Found, load
+from rules import RULES
+from uploads import CLEAR
 
 from fltac.runtime.atomic import write_atomic
-from fltac.server.choosing import choose_k
-from fltac.server.similarity import leading
 
 OUT = FOLDER.parent / "lab.md"
 QUICKSTART = OUT.parents[1] / "quickstart-20"
-STARTS = 20
-CLEAR = 0.05
-"""Points of the score that a slot has to be above the majority class to have clearly learned something."""
-RIDGE = 0.5
-"""Of the classifier, on a kernel whose diagonal is 2."""
+CHOSEN_IN, CHOSEN_AT = ("I", "II", "III"), (20, 50)
+"""Regimes and steps whose recordings a rule may be chosen by."""
+KEPT_SEEDS, KEPT_REGIMES = (3, 4, 5), ("IV", "VI", "VII")
+"""Kept for the end: no rule was chosen by these seeds of I, II and III, nor by these regimes."""
+REGIME_RANK = {"V": 2}
+"""Of regimes whose config has another rank than 1."""
 
 
-def ceiling(recording: Recording) -> float:
-    """ARI of a classifier that is told the tasks of all other clients' slots, with cannot-link on its answers.
-
-    Kernel ridge regression on the default kernel, one client left out at a time.
-    """
-    kernel, clients = KERNELS["by-matrix+head"](recording), np.asarray(recording.clients)
-    classes = np.eye(int(recording.truth.max()) + 1)[recording.truth]
-    found = np.empty(len(clients), dtype=int)
-    for client in np.unique(clients):
-        held, rest = np.flatnonzero(clients == client), np.flatnonzero(clients != client)
-        mean = classes[rest].mean(axis=0)
-        dual = np.linalg.solve(kernel[np.ix_(rest, rest)] + RIDGE * np.eye(len(rest)), classes[rest] - mean)
-        rows, columns = linear_sum_assignment(-(kernel[np.ix_(held, rest)] @ dual))
-        found[held[rows]] = columns
-    return float(adjusted_rand_score(recording.truth, found))
+def name_of(item: Found) -> str:
+    """A recording's setting without its seed."""
+    loss = "" if item["loss"] == "plain" else f" {item['loss']}"
+    rank = "" if item["rank"] == REGIME_RANK.get(item["regime"], 1) else f" rank {item['rank']}"
+    return f"{item['regime']}{loss}{rank} τ={item['tau']}"
 
 
-def chosen(recording: Recording, linked: bool) -> int:
-    """K as ``server.clustering.k: auto`` chooses it, from exact products."""
-    products, head = recording.grams["product"], cosine(recording.grams["head"].sum(0))
-    first, second = by_matrix(products[0::2]), by_matrix(products[1::2])
-    pairs: list[tuple[Gram, Gram]] = [(first + head, second), (second + head, first), ((first + second) / 2, head)]
-    views = [(partial(leading, by), within) for by, within in pairs]
-    return choose_k(views, list(recording.clients) if linked else None, 5, 0).k
+def rule_tables(found: Sequence[Found]) -> list[str]:
+    """A table for each regime and loss: each rule at each number of steps, on the seeds that may be chosen by."""
+    lines = []
+    groups: dict[str, list[Found]] = defaultdict(list)
+    for item in found:
+        loss = "" if item["loss"] == "plain" else f", {item['loss']} loss"
+        groups[f"{item['regime']}{loss}"].append(item)
+    for title, own in groups.items():
+        lines += ["", f"### {title}", "", *rules_by_setting(own)]
+    return lines
 
 
-def uploads_table(recordings: Sequence[Recording]) -> list[str]:
+def rules_by_setting(found: Sequence[Found]) -> list[str]:
+    """Rules as rows, settings as columns: ARI, mean and spread over the seeds; the share of slots in their group."""
+    settings: dict[str, list[Found]] = defaultdict(list)
+    for item in sorted(found, key=lambda item: (item["regime"], item["loss"], item["rank"], item["tau"])):
+        settings[name_of(item)].append(item)
+    lines = [f"| rule | {' | '.join(f'{name} ({len(own)})' for name, own in settings.items())} |"]
+    lines.append("|---" * (len(settings) + 1) + "|")
+    for rule in RULES:
+        cells = []
+        for own in settings.values():
+            aris = [item["rules"][rule]["ari"] for item in own if rule in item["rules"]]
+            accuracies = [item["rules"][rule]["accuracy"] for item in own if rule in item["rules"]]
+            cells.append(f"{np.mean(aris):.2f} ± {np.std(aris):.2f}, {np.mean(accuracies):.2f}" if aris else "")
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
+    return lines
+
+
+def choice_table(found: Sequence[Found]) -> list[str]:
+    """How each rule differs from the default, recording by recording, where a rule may be chosen."""
+    own = [item for item in found if item["regime"] in CHOSEN_IN and item["tau"] in CHOSEN_AT]
+    own = [item for item in own if item["loss"] == "plain"]
+    lines = [f"| rule | {' | '.join(CHOSEN_IN)} | all, less the default | better, worse |", "|---" * 6 + "|"]
+    rows = []
+    for rule in RULES:
+        by_regime: dict[str, list[float]] = defaultdict(list)
+        for item in own:
+            by_regime[item["regime"]].append(item["rules"][rule]["ari"])
+        less = np.array([item["rules"][rule]["ari"] - item["rules"]["default"]["ari"] for item in own])
+        error = less.std(ddof=1) / np.sqrt(len(less))
+        cells = [f"{np.mean(by_regime[regime]):.2f}" for regime in CHOSEN_IN]
+        counts = f"{(less > 1e-9).sum()}, {(less < -1e-9).sum()}"
+        rows.append((less.mean(), f"| {rule} | {' | '.join(cells)} | {less.mean():+.3f} ± {error:.3f} | {counts} |"))
+    return lines + [line for _, line in sorted(rows, key=itemgetter(0), reverse=True)]
+
+
+def uploads_table(found: Sequence[Found]) -> list[str]:
     """What each recording's adapters have learned, and how those that learned something are grouped."""
     columns = ("recording", "slots", "tasks", "ceiling", "K", "K without cannot-link", "ARI", "above majority",
                "their ARI", f"above by {CLEAR}", "their ARI")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for recording in recordings:
-        cells = (
-            f"{setting_of(recording)}, seed {recording.facts['seed']}",
-            len(recording.truth),
-            len(set(recording.truth.tolist())),
-            f"{ceiling(recording):.2f}",
-            chosen(recording, True),
-            chosen(recording, False),
-            *by_what_was_learned(recording),
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for item in found:
+        facts = item["uploads"]
+        cells = [f"{name_of(item)}, seed {item['seed']}", facts["slots"], facts["tasks"], f"{facts['ceiling']:.2f}"]
+        cells += [facts["k"], facts["k_no_link"], f"{item['rules']['default']['ari']:.2f}"]
+        for own in facts["learned"] or [None, None]:
+            ari = "" if own is None or own["ari"] is None else f"{own['ari']:.2f}"
+            cells += ["" if own is None else f"{own['slots']} of {own['tasks']} tasks", ari]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
-def by_what_was_learned(recording: Recording) -> list[str]:
-    """ARI of all slots under the default rule; of those above the majority class, and of those clearly above, how many
-    they are, of how many tasks, and their ARI in the same grouping. ARIs are means over the draws."""
-    k = len(set(recording.truth.tolist()))
-    draws = [RULES["default"](recording, k, start) for start in range(STARTS)]
-
-    def ari(own: NDArray[np.bool_]) -> str:
-        return f"{np.mean([adjusted_rand_score(recording.truth[own], labels[own]) for labels in draws]):.2f}"
-
-    out = [ari(np.ones(len(recording.truth), dtype=np.bool_))]
-    if np.isnan(recording.scores).any():
-        return [*out, "", "", "", ""]
-    for margin in (0.0, CLEAR):
-        own = recording.scores > recording.majority + margin
-        tasks = len(set(recording.truth[own].tolist()))
-        # With slots of one task only there is nothing to tell apart.
-        out += [f"{own.sum()} of {tasks} tasks", ari(own) if tasks > 1 else ""]
-    return out
+def k_table(found: Sequence[Found]) -> list[str]:
+    """How far the K that is chosen lies from the number of tasks, by setting."""
+    lines = ["| setting | recordings | right | within one | K chosen | of tasks |", "|---" * 6 + "|"]
+    settings: dict[str, list[Found]] = defaultdict(list)
+    for item in found:
+        settings[name_of(item)].append(item["uploads"])
+    for name, own in settings.items():
+        off = [abs(facts["k"] - facts["tasks"]) for facts in own]
+        chosen, tasks = (" ".join(str(facts[which]) for facts in own) for which in ("k", "tasks"))
+        lines.append(f"| {name} | {len(own)} | {off.count(0)} | {sum(gap <= 1 for gap in off)} | {chosen} | {tasks} |")
+    return lines
 
 
 def profile_tables() -> list[str]:
@@ -151,15 +165,43 @@ def quickstart_table() -> list[str]:
 
 
 def main() -> int:
-    recordings = load_all(FOLDER)
+    found = list(load().values())
+    held = [i for i in found if i["regime"] in KEPT_REGIMES or (i["regime"] in CHOSEN_IN and i["seed"] in KEPT_SEEDS)]
+    rest = [item for item in found if item not in held]
     lines = [
         "# The clustering lab",
         "",
         "Written by `benchmarks/clustering/report.py` from the files beside it; do not edit.",
         "",
-        f"## First-round uploads: ARI, K given, mean and spread over the training seeds, {STARTS} draws each",
+        f"First-round uploads, K given, {DRAWS} draws of each rule (a draw of K-means is the best of 20 starts, of the "
+        "paper's of 10). A cell: ARI, mean and spread over the training seeds (how many), and the share of slots in "
+        "their task's group under the best matching.",
         "",
-        *table(recordings, list(RULES), STARTS),
+        "## Rules, where they may be chosen",
+        *rule_tables(rest),
+        "",
+        "## Against the default",
+        "",
+        f"ARI in {', '.join(CHOSEN_IN)} at {' and '.join(map(str, CHOSEN_AT))} steps, and the mean of the differences "
+        "recording by recording with its standard error.",
+        "",
+        *choice_table(rest),
+        "",
+        "## Kept for the end",
+        "",
+        f"Seeds {', '.join(map(str, KEPT_SEEDS))} of I, II and III, and whole regimes.",
+        "",
+        *rules_by_setting(held),
+        "",
+        "## K chosen by the server",
+        "",
+        "As `k: auto` chooses it in the first round, with cannot-link.",
+        "",
+        *k_table(rest),
+        "",
+        "Kept for the end:",
+        "",
+        *k_table(held),
         "",
         "## What is in the uploads",
         "",
@@ -168,7 +210,7 @@ def main() -> int:
         "above its task's most frequent class, where scores were taken, and of how many tasks they are; their ARI: of "
         "these slots alone, in the same grouping of all.",
         "",
-        *uploads_table(recordings),
+        *uploads_table(found),
     ]
     lines += [
         "",

@@ -6,11 +6,13 @@ All work on a recording's inner products. Where fltac has the rule, its own func
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from recording import Gram, Recording
 
+from fltac.server.choosing import held_out_residual
 from fltac.server.clustering import group
 from fltac.server.similarity import leading
 
@@ -97,6 +99,10 @@ KERNELS: dict[str, Kernel] = {
     ),
     "b+head": lambda r: by_matrix(r.grams["b"]) + cosine(r.grams["head"].sum(0)),
     "agreeing+head": agreeing_matrices,
+    # What a product of rank 1 was cut to is itself.
+    "top+head": lambda r: (
+        by_matrix(r.grams["product" if r.facts["rank"] == 1 else "product_top"]) + cosine(r.grams["head"].sum(0))
+    ),
 }
 
 
@@ -172,7 +178,46 @@ class Consensus:
         return group(leading(together / self.draws, k), k, own, 20, seed)
 
 
-RULES: dict[str, Rule | Consensus] = {
+@dataclass(frozen=True)
+class Merged:
+    """Groups finely, and merges groups that predict their members better together than apart.
+
+    The prediction is that of ``k: auto``: each slot by the mean of the others in its group. Of all pairs of groups the
+    one whose union lowers the error most is merged, until none does.
+
+    Attributes:
+        extra: Groups more than K at the start.
+        cannot_link: Groups in which a client has a slot each are not merged.
+        down_to_k: Merge down to K, and no further, whether the error falls or not.
+    """
+
+    extra: int
+    cannot_link: bool
+    down_to_k: bool = False
+    kernel: str = "by-matrix+head"
+
+    def __call__(self, recording: Recording, k: int, seed: int) -> Labels:
+        """Group numbers ``[n]``."""
+        kernel, clients = KERNELS[self.kernel](recording), np.asarray(recording.clients)
+        labels = Rule(self.kernel, cannot_link=self.cannot_link)(recording, k + self.extra, seed)
+        error = held_out_residual(kernel, labels)
+        while True:
+            found = np.unique(labels)
+            ways = [
+                np.where(labels == second, first, labels)
+                for first, second in combinations(found.tolist(), 2)
+                if not self.cannot_link or not set(clients[labels == first]) & set(clients[labels == second])
+            ]
+            if not ways or (self.down_to_k and len(found) <= k):
+                return labels
+            errors = [held_out_residual(kernel, way) for way in ways]
+            best = int(np.argmin(errors))
+            if errors[best] >= error and not self.down_to_k:
+                return labels
+            labels, error = ways[best], errors[best]
+
+
+RULES: dict[str, Rule | Consensus | Merged] = {
     "paper": Rule("factors", "all", cannot_link=False, starts=10),
     "paper+head": Rule("factors+head", "all", cannot_link=False, starts=10),
     "factors cosine": Rule("factors-cosine", "all", cannot_link=False),
@@ -203,6 +248,11 @@ RULES: dict[str, Rule | Consensus] = {
     "deflated+head": Rule("deflated+head"),
     "squared+head": Rule("squared+head"),
     "agreeing matrices": Rule("agreeing+head"),
+    "default, cut to rank 1": Rule("top+head"),
+    "default, 3 more, merged to K": Merged(3, cannot_link=True, down_to_k=True),
+    "default, 3 more, merged if it helps": Merged(3, cannot_link=True),
+    "default, no link, 3 more, merged to K": Merged(3, cannot_link=False, down_to_k=True),
+    "default, no link, merged if it helps": Merged(0, cannot_link=False),
     "consensus": Consensus(0),
     "consensus, up to K+4": Consensus(4),
 }

@@ -1,0 +1,80 @@
+"""What is in a recording's uploads: how many groups they support, and how those that learned something are grouped."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from recording import Gram, Recording
+from rules import KERNELS, RULES, by_matrix, cosine
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score
+
+from fltac.server.choosing import choose_k
+from fltac.server.similarity import leading
+
+CLEAR = 0.05
+"""Points of the score that a slot has to be above the majority class to have clearly learned something."""
+RIDGE = 0.5
+"""Of the classifier, on a kernel whose diagonal is 2."""
+
+
+def described(recording: Recording, draws: int) -> dict[str, Any]:
+    """All that the lab says of a recording's uploads, for its results."""
+    truth = recording.truth
+    return {
+        "slots": len(truth),
+        "tasks": len(set(truth.tolist())),
+        "ceiling": ceiling(recording),
+        "k": chosen(recording, True),
+        "k_no_link": chosen(recording, False),
+        "learned": learned(recording, draws),
+    }
+
+
+def ceiling(recording: Recording) -> float:
+    """ARI of a classifier that is told the tasks of all other clients' slots, with cannot-link on its answers.
+
+    Kernel ridge regression on the default kernel, one client left out at a time.
+    """
+    kernel, clients = KERNELS["by-matrix+head"](recording), np.asarray(recording.clients)
+    classes = np.eye(int(recording.truth.max()) + 1)[recording.truth]
+    found = np.empty(len(clients), dtype=int)
+    for client in np.unique(clients):
+        held, rest = np.flatnonzero(clients == client), np.flatnonzero(clients != client)
+        mean = classes[rest].mean(axis=0)
+        dual = np.linalg.solve(kernel[np.ix_(rest, rest)] + RIDGE * np.eye(len(rest)), classes[rest] - mean)
+        rows, columns = linear_sum_assignment(-(kernel[np.ix_(held, rest)] @ dual))
+        found[held[rows]] = columns
+    return float(adjusted_rand_score(recording.truth, found))
+
+
+def chosen(recording: Recording, linked: bool) -> int:
+    """K as ``server.clustering.k: auto`` chooses it, from exact products."""
+    products, head = recording.grams["product"], cosine(recording.grams["head"].sum(0))
+    first, second = by_matrix(products[0::2]), by_matrix(products[1::2])
+    pairs: list[tuple[Gram, Gram]] = [(first + head, second), (second + head, first), ((first + second) / 2, head)]
+    views = [(partial(leading, by), within) for by, within in pairs]
+    return choose_k(views, list(recording.clients) if linked else None, 5, 0).k
+
+
+def learned(recording: Recording, draws: int) -> list[dict[str, Any]]:
+    """Of the slots above the majority class, and of those clearly above: how many, of how many tasks, and their ARI.
+
+    ARI is the mean over the draws of the default rule, of these slots in the grouping of all; None where they are of
+    one task. Empty where no scores were taken.
+    """
+    if np.isnan(recording.scores).any():
+        return []
+    k = len(set(recording.truth.tolist()))
+    found = [RULES["default"](recording, k, start) for start in range(draws)]
+
+    def ari(own: NDArray[np.bool_]) -> float:
+        return float(np.mean([adjusted_rand_score(recording.truth[own], labels[own]) for labels in found]))
+
+    out = []
+    for margin in (0.0, CLEAR):
+        own = recording.scores > recording.majority + margin
+        tasks = len(set(recording.truth[own].tolist()))
+        out.append({"slots": int(own.sum()), "tasks": tasks, "ari": ari(own) if tasks > 1 else None})
+    return out

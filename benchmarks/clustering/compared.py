@@ -52,6 +52,8 @@ COLOUR = {
 def main() -> int:
     for name, size in SIZES.items():
         place, regimes = TABLES[name], played(size)
+        if not regimes:
+            sys.exit(f"{size.runs}: no runs; play some with compare.py")
         write_atomic(place, ("\n".join(page(name, size, regimes)) + "\n").encode())
         # The same runs give the same file.
         with rc_context({"svg.hashsalt": name}):

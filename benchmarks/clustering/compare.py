@@ -4,10 +4,12 @@
     python benchmarks/clustering/compare.py weights
     python benchmarks/clustering/compare.py runs I II --seeds 3 4 5
     python benchmarks/clustering/compare.py runs I II --seeds 3 4 5 --size full
+    python benchmarks/clustering/compare.py runs V --seeds 3 4 5 --size digits
 
 ``rates`` tries three learning rates of each method on a seed of its own, ``weights`` what profiles weigh on two others;
-``runs`` takes the best rates. ``--size full`` adapts all layers, which is meant for a GPU. What is there already is not
-played again, so this can be stopped at any time and started in several processes on different seeds. Needs FLTAC_DATA.
+``runs`` takes the best rates. ``--size full`` adapts all layers, which is meant for a GPU; ``--size digits`` is for the
+quickstart's tasks, where a run takes seconds. What is there already is not played again, so this can be stopped at any
+time and started in several processes on different seeds. Needs FLTAC_DATA, but for ``digits``.
 ``compared.py`` makes the tables and the figures.
 """
 
@@ -46,14 +48,21 @@ class Size:
         rows: Validation rows of a task that are scored after the last round.
         chosen: Methods whose learning rate is chosen; variants take that of their method and the oracle that of
             ``fltac``, so that what lies between them is the grouping alone, and ``central`` the config's own.
-        layers: What is adapted, in words.
+        wide: Of published rules with one adapter for all tasks: the rank of all tasks' adapters together, at the same
+            scale, as the configs say for FedIT.
+        about: Tasks, backbone and what is adapted, in words.
+        rate_regime: In which learning rates are chosen.
+        tried: Learning rates.
     """
 
     folder: Path
     settings: list[str]
     rows: int
     chosen: tuple[str, ...]
-    layers: str
+    wide: list[str]
+    about: str
+    rate_regime: str = "I"
+    tried: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
 
     @property
     def rates(self) -> Path:
@@ -73,13 +82,21 @@ BASELINES = ("local", "fedit", "fltac-paper", "fltac")
 GROUPINGS = ("ifca", "cfl", "fedlease")
 SHARED = ("ffa-lora", "rolora", "fedsa-lora", "flexlora", "flora", "fedex-lora", "fedprox", "fedavgm", "fedadam")
 """Published rules that have one adapter for all tasks, as FedIT has."""
+PUBLISHED = BASELINES + GROUPINGS + SHARED
+GLUE = "Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (of methods with one adapter: 5) in "
+DIGITS = (
+    "Four questions about the same digits on the quickstart's small ViT, 8 clients; LoRA of rank 2 (of methods "
+    "with one adapter: 8) in all layers"
+)
+WIDE = ["lora.rank=5", "lora.alpha=80"]
 SIZES = {
-    "small": Size(OUT, [*COMMON, *LIGHTER], 400, BASELINES, "the last two of six layers"),
-    "full": Size(OUT / "full", COMMON, 1000, BASELINES + GROUPINGS + SHARED, "all six layers"),
+    "small": Size(OUT, [*COMMON, *LIGHTER], 400, BASELINES, WIDE, GLUE + "the last two of six layers"),
+    "full": Size(OUT / "full", COMMON, 1000, PUBLISHED, WIDE, GLUE + "all six layers"),
+    "digits": Size(
+        OUT / "digits", [], 1000, PUBLISHED, ["lora.rank=8", "lora.alpha=32"], DIGITS, "V", (2.5e-3, 5e-3, 1e-2)
+    ),
 }
 
-WIDE = ["lora.rank=5", "lora.alpha=80"]
-"""One adapter for all tasks gets the rank of five of rank 1, at the same scale; the config says so for FedIT."""
 PROFILES = ["server.clustering.profile_rows=64", "server.clustering.profile_noise=0.01"]
 LIGHT = [*PROFILES, "server.clustering.profile_weight=2"]
 ADJUSTED = ["training.loss=logit-adjusted"]
@@ -111,13 +128,11 @@ METHODS: dict[str, list[str]] = {
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],
-    **{name: [f"method={name}"] for name in GROUPINGS},
-    **{name: [f"method={name}", *WIDE] for name in SHARED},
+    **{name: [f"method={name}"] for name in GROUPINGS + SHARED},
 }
 """Name in the table to settings."""
 
-TRIED = (1e-3, 2e-3, 4e-3)
-RATE_REGIME, RATE_SEED, RATE_ROUNDS = "I", 0, 3
+RATE_SEED, RATE_ROUNDS = 0, 3
 WEIGHT_REGIME, WEIGHT_SEEDS = "II", (1, 2)
 WEIGHED = {
     "2": ["server.clustering.profile_weight=2"],
@@ -136,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []])
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but the published, if small")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(TRIED), help="at least three are tried")
+    parser.add_argument("--rates", type=float, nargs="+", help="default: three by size; at least so many are tried")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)
@@ -145,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = args.methods or usual
     jobs: list[Job] = []
     if args.what == "rates":
-        jobs = [Job(args.size, method, rate=rate) for method in size.chosen if method in methods for rate in args.rates]
+        rates = args.rates or size.tried
+        own = [method for method in size.chosen if method in methods]
+        jobs = [Job(args.size, method, size.rate_regime, rate=rate) for method in own for rate in rates]
     elif args.what == "weights":
         jobs = [
             Job("small", "fltac+profiles", WEIGHT_REGIME, seed, weight=name)
@@ -165,7 +182,7 @@ class Job:
 
     size: str
     method: str
-    regime: str = RATE_REGIME
+    regime: str
     seed: int = RATE_SEED
     rate: float | None = None
     weight: str | None = None
@@ -212,12 +229,17 @@ def rate_of(method: str, size: Size) -> list[str]:
     base = method.partition("+")[0]
     source = base if base in size.chosen else "fltac"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in size.rates.glob(f"{source}-lr*.json")]
-    if len(found) < len(TRIED):
+    if len(found) < len(size.tried):
         raise LookupError(
-            f"{size.rates}: {len(found)} of {len(TRIED)} learning rates of {source} were tried; run `rates`"
+            f"{size.rates}: {len(found)} of {len(size.tried)} learning rates of {source} were tried; run `rates`"
         )
     best = max(found, key=lambda run: (run["mean_score"], -run["lr"]))
     return [f"training.lr={best['lr']}"]
+
+
+def settings_of(method: str, size: Size) -> list[str]:
+    """What a method changes, in runs of a size."""
+    return METHODS[method] + (size.wide if method in SHARED else [])
 
 
 def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: list[str]) -> None:
@@ -233,7 +255,7 @@ def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: 
     """
     if path.exists():
         return
-    config = regime_config(regime, seed, [*size.settings, *METHODS[method], *settings])
+    config = regime_config(regime, seed, [*size.settings, *settings_of(method, size), *settings])
     experiment = resolved(prepare(config))
     if experiment.model.prefix is not None:
         experiment.model.prefix.kept = KEPT

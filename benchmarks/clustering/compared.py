@@ -10,43 +10,32 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from compare import METHODS, OUT, SIZES, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS, Size
+from compare import (
+    METHODS,
+    OUT,
+    RATE_ROUNDS,
+    RATE_SEED,
+    SIZES,
+    WEIGHED,
+    WEIGHT_REGIME,
+    WEIGHT_SEEDS,
+    WEIGHTS,
+    Size,
+    settings_of,
+)
+from compared_figures import Run, Runs, ari_figure, bytes_figure, curve, groups
 from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from fltac.runtime.atomic import write_atomic
 
-Run = Mapping[str, Any]
-Runs = Mapping[str, Sequence[Run]]
-"""By method, in the order of seeds."""
-
-TABLES = {"small": OUT.parent / "comparison.md", "full": OUT.parent / "comparison-full.md"}
-COLOUR = {
-    "zero": "#bbbbbb",
-    "local": "#7f9cc4",
-    "fedit": "#8c6d31",
-    "fedit+adjusted": "#c9a66b",
-    "fltac-paper": "#c0392b",
-    "fltac": "#1f4e8c",
-    "fltac+auto": "#e377c2",
-    "fltac+profiles": "#2e8b57",
-    "fltac+adjusted": "#7d5ba6",
-    "fltac+profiles+adjusted": "#3b9ea5",
-    "fltac+profiles2": "#9fd3b0",
-    "fltac+profiles2+adjusted": "#a6d5da",
-    "fltac+confidence": "#a3b86c",
-    "fltac+shrinkage": "#6b8e9f",
-    "fltac+later": "#d4a017",
-    "fltac+loss": "#5d6d7e",
-    "fltac+single": "#c39bd3",
-    "oracle": "#e08e45",
-    "oracle+adjusted": "#b5651d",
-    "central": "#555555",
+TABLES = {
+    "small": OUT.parent / "comparison.md",
+    "full": OUT.parent / "comparison-full.md",
+    "digits": OUT.parent / "comparison-digits.md",
 }
+TITLES = {"small": "", "full": ", all layers adapted", "digits": ": the quickstart's tasks"}
 
 
 def main() -> int:
@@ -65,14 +54,16 @@ def main() -> int:
 
 def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
     """The lines of one size's tables."""
-    batch = next(iter(next(iter(regimes.values())).values()))[0]["config"]["training"]["batch_size"]
+    config = next(iter(next(iter(regimes.values())).values()))[0]["config"]
+    rounds, training = config["federation"]["rounds"], config["training"]
+    tasks = len(config["tasks"])
     lines = [
-        f"# Methods compared{', all layers adapted' if name == 'full' else ''}",
+        f"# Methods compared{TITLES[name]}",
         "",
         "Written by `benchmarks/clustering/compared.py` from the files in `comparison/`; do not edit.",
         "",
-        f"Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (`fedit`: 5) in {size.layers}; "
-        f"5 rounds of 50 steps of {batch} rows; scored on up to {size.rows} validation rows of a task; K = 5 is given "
+        f"{size.about}; {rounds} rounds of {training['steps']} steps of {training['batch_size']} rows; scored on up to "
+        f"{size.rows} validation rows of a task; K = {tasks} is given "
         "but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: what "
         "the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the first and "
         "after the last round. ±: one standard deviation over the seeds; rows of other seeds are compared by their "
@@ -85,8 +76,8 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
     if name == "small":
         lines += ["", "## What profiles weigh", "", *weights()]
     lines += ["", "## Settings", "", "Beside those that all runs have in common:", ""]
-    names = [name for name in METHODS if METHODS[name] and any(name in runs for runs in regimes.values())]
-    return lines + [f"- {name}: {', '.join(f'`{item}`' for item in METHODS[name])}" for name in names]
+    own = {name: settings_of(name, size) for name in METHODS if any(name in runs for runs in regimes.values())}
+    return lines + [f"- {name}: {', '.join(f'`{item}`' for item in items)}" for name, items in own.items() if items]
 
 
 def machines(regimes: Mapping[str, Runs]) -> str:
@@ -147,16 +138,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f} (one seed)"
 
 
-def curve(run: Run) -> list[float]:
-    """ARI by round; empty where nothing is clustered."""
-    return [number["clustering"]["ari"] for number in run["rounds"] if number["clustering"]]
-
-
-def groups(method: str) -> bool:
-    """Whether a method is not told the tasks."""
-    return not method.startswith(("oracle", "central"))
-
-
 def aris(runs: Sequence[Run]) -> str:
     """The mean ARI after the first and after the last round, and the least of the last."""
     curves = [curve(run) for run in runs]
@@ -204,9 +185,9 @@ def rates(size: Size) -> list[str]:
     scores = {(run["method"], run["lr"]): run["mean_score"] for run in runs}
     tried = sorted({rate for _, rate in scores})
     lines = [
-        "After three rounds of regime I with seed 0, which is none of the seeds above. Variants take the rate of "
-        "their method, the oracle that of `fltac`, `central` the config's. Where the best is at an end of what was "
-        "tried, another rate may be better.",
+        f"After {RATE_ROUNDS} rounds of regime {size.rate_regime} with seed {RATE_SEED}, which is none of the seeds "
+        "above. Variants take the rate of their method, the oracle that of `fltac`, `central` the config's. Where the "
+        "best is at an end of what was tried, another rate may be better.",
         "",
         "| method | " + " | ".join(f"{rate:g}" for rate in tried) + " |",
         "|---" * (len(tried) + 1) + "|",
@@ -232,68 +213,6 @@ def weights() -> list[str]:
             cells.append(f"{' '.join(f'{ari:.2f}' for ari in curve(run))} ({run['mean_score']:.3f})" if run else "")
         lines.append(f"| {name.replace('-hysteresis', ', hysteresis ')} | {' | '.join(cells)} |")
     return lines
-
-
-def panels(regimes: Mapping[str, Runs]) -> tuple[Figure, list[Any]]:
-    """A figure with one panel for each regime."""
-    figure = Figure(figsize=(4.2 * len(regimes) + 1.8, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(regimes), squeeze=False, sharey=True)[0]
-    for regime, place in zip(regimes, axes, strict=True):
-        place.set_title(f"regime {regime}", fontsize=10)
-        place.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
-
-
-def legend(figure: Figure, axes: Sequence[Any]) -> None:
-    """One for all panels: a method that only some have is in it, too."""
-    handles = {
-        label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
-
-
-def colour(method: str) -> str:
-    """Of a method's marks; grey for those without one of their own."""
-    return COLOUR.get(method, "#999999")
-
-
-def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
-    """Mean ARI over the rounds, with the span of the seeds."""
-    figure, axes = panels(regimes)
-    for (_, runs), place in zip(regimes.items(), axes, strict=True):
-        for method, own in runs.items():
-            curves = np.array([curve(run) for run in own])
-            if not groups(method) or not curves.size:
-                continue
-            rounds = range(1, curves.shape[1] + 1)
-            place.plot(rounds, curves.mean(axis=0), color=colour(method), marker="o", markersize=3, label=method)
-            place.fill_between(rounds, curves.min(0), curves.max(0), color=colour(method), alpha=0.12, linewidth=0)
-        place.set_xlabel("round")
-        place.xaxis.set_major_locator(MaxNLocator(integer=True))
-        place.set_ylim(-0.05, 1.03)
-    axes[0].set_ylabel("ARI against the tasks")
-    legend(figure, axes)
-    return figure
-
-
-def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
-    """Each method's score, less the oracle's of the same seed, against what its clients upload; mean and spread."""
-    figure, axes = panels(regimes)
-    for (_, runs), place in zip(regimes.items(), axes, strict=True):
-        oracle = {run["seed"]: run["mean_score"] for run in runs.get("oracle", ())}
-        for method, own in runs.items():
-            paired = [run for run in own if run["seed"] in oracle]
-            if not paired:
-                continue
-            gains = [run["mean_score"] - oracle[run["seed"]] for run in paired]
-            sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
-            spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
-            place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt="o", color=colour(method), label=method)
-        place.axhline(0, color="#999999", linewidth=0.8, linestyle="--")
-        place.set_xlabel("MB uploaded, all clients and rounds")
-    axes[0].set_ylabel("mean score less the oracle's")
-    legend(figure, axes)
-    return figure
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""The comparisons' figures: ARI over the rounds, and score against bytes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Run = Mapping[str, Any]
+Runs = Mapping[str, Sequence[Run]]
+"""By method, in the order of seeds."""
+
+COLOUR = {
+    "zero": "#bbbbbb",
+    "local": "#7f9cc4",
+    "fedit": "#8c6d31",
+    "fedit+adjusted": "#c9a66b",
+    "fltac-paper": "#c0392b",
+    "fltac": "#1f4e8c",
+    "fltac+auto": "#e377c2",
+    "fltac+profiles": "#2e8b57",
+    "fltac+adjusted": "#7d5ba6",
+    "fltac+profiles+adjusted": "#3b9ea5",
+    "fltac+profiles2": "#9fd3b0",
+    "fltac+profiles2+adjusted": "#a6d5da",
+    "fltac+confidence": "#a3b86c",
+    "fltac+shrinkage": "#6b8e9f",
+    "fltac+later": "#d4a017",
+    "fltac+loss": "#5d6d7e",
+    "fltac+single": "#c39bd3",
+    "oracle": "#e08e45",
+    "oracle+adjusted": "#b5651d",
+    "central": "#555555",
+}
+
+
+def curve(run: Run) -> list[float]:
+    """ARI by round; empty where nothing is clustered."""
+    return [number["clustering"]["ari"] for number in run["rounds"] if number["clustering"]]
+
+
+def groups(method: str) -> bool:
+    """Whether a method is not told the tasks."""
+    return not method.startswith(("oracle", "central"))
+
+
+def panels(regimes: Mapping[str, Runs]) -> tuple[Figure, list[Any]]:
+    """A figure with one panel for each regime."""
+    figure = Figure(figsize=(4.2 * len(regimes) + 1.8, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(regimes), squeeze=False, sharey=True)[0]
+    for regime, place in zip(regimes, axes, strict=True):
+        place.set_title(f"regime {regime}", fontsize=10)
+        place.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """One for all panels: a method that only some have is in it, too."""
+    handles = {
+        label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
+
+
+def colour(method: str) -> str:
+    """Of a method's marks; grey for those without one of their own."""
+    return COLOUR.get(method, "#999999")
+
+
+def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
+    """Mean ARI over the rounds, with the span of the seeds."""
+    figure, axes = panels(regimes)
+    for (_, runs), place in zip(regimes.items(), axes, strict=True):
+        for method, own in runs.items():
+            curves = np.array([curve(run) for run in own])
+            if not groups(method) or not curves.size:
+                continue
+            rounds = range(1, curves.shape[1] + 1)
+            place.plot(rounds, curves.mean(axis=0), color=colour(method), marker="o", markersize=3, label=method)
+            place.fill_between(rounds, curves.min(0), curves.max(0), color=colour(method), alpha=0.12, linewidth=0)
+        place.set_xlabel("round")
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+        place.set_ylim(-0.05, 1.03)
+    axes[0].set_ylabel("ARI against the tasks")
+    legend(figure, axes)
+    return figure
+
+
+def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
+    """Each method's score, less the oracle's of the same seed, against what its clients upload; mean and spread."""
+    figure, axes = panels(regimes)
+    for (_, runs), place in zip(regimes.items(), axes, strict=True):
+        oracle = {run["seed"]: run["mean_score"] for run in runs.get("oracle", ())}
+        for method, own in runs.items():
+            paired = [run for run in own if run["seed"] in oracle]
+            if not paired:
+                continue
+            gains = [run["mean_score"] - oracle[run["seed"]] for run in paired]
+            sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
+            spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
+            place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt="o", color=colour(method), label=method)
+        place.axhline(0, color="#999999", linewidth=0.8, linestyle="--")
+        place.set_xlabel("MB uploaded, all clients and rounds")
+    axes[0].set_ylabel("mean score less the oracle's")
+    legend(figure, axes)
+    return figure

@@ -107,24 +107,29 @@ BY_LOSS = [
     "server.clustering.held_back=0.1",
 ]
 
+VARIANTS: dict[str, list[str]] = {
+    "": [],
+    "+auto": ["server.clustering.k=auto"],
+    "+profiles": PROFILES,
+    "+adjusted": ADJUSTED,
+    "+profiles+adjusted": [*PROFILES, *ADJUSTED],
+    "+profiles2": LIGHT,
+    "+profiles2+adjusted": [*LIGHT, *ADJUSTED],
+    "+confidence": ["server.aggregation.weighting=confidence"],
+    "+shrinkage": ["server.aggregation.shrinkage=0.5"],
+    "+later": ["server.aggregation.from_round=3"],
+    "+loss": BY_LOSS,
+    "+single": ["server.clustering.rule=single"],
+}
+"""Of ``fltac``."""
 METHODS: dict[str, list[str]] = {
     "zero": ["method=zero"],
     "local": ["method=local"],
     "fedit": ["method=fedit"],
     "fedit+adjusted": ["method=fedit", *ADJUSTED],
     "fltac-paper": ["method=fltac-paper"],
-    "fltac": [],
-    "fltac+auto": ["server.clustering.k=auto"],
-    "fltac+profiles": PROFILES,
-    "fltac+adjusted": ADJUSTED,
-    "fltac+profiles+adjusted": [*PROFILES, *ADJUSTED],
-    "fltac+profiles2": LIGHT,
-    "fltac+profiles2+adjusted": [*LIGHT, *ADJUSTED],
-    "fltac+confidence": ["server.aggregation.weighting=confidence"],
-    "fltac+shrinkage": ["server.aggregation.shrinkage=0.5"],
-    "fltac+later": ["server.aggregation.from_round=3"],
-    "fltac+loss": BY_LOSS,
-    "fltac+single": ["server.clustering.rule=single"],
+    **{f"fltac-products{name}": ["server.clustering.features=products", *own] for name, own in VARIANTS.items()},
+    **{f"fltac{name}": own for name, own in VARIANTS.items()},
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],
@@ -156,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
-    usual = [name for name in METHODS if name in size.chosen or name not in GROUPINGS + SHARED]
+    others = (*GROUPINGS, *SHARED, *(f"fltac-products{name}" for name in VARIANTS if name))
+    usual = [name for name in METHODS if name in size.chosen or name not in others]
     methods = args.methods or usual
     jobs: list[Job] = []
     if args.what == "rates":

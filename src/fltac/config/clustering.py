@@ -25,6 +25,10 @@ class ClusteringConfig(Section):
     how well the means of groups found in some of the adapted matrices predict their members in the others; with
     ``cannot_link`` at least as many as one client has slots. ``cfl`` needs none; ``fedlease`` takes the best
     silhouette where it is not given."""
+    features: Literal["a", "products"] = "a"
+    """``spectral``: what is compared of each adapted matrix. ``a``: the change of A, without its sign, and half as much
+    of the head's, so that clients whose labels are skewed are not told apart by it; ``products``: the change of the
+    product B A, with its sign, and as much of the head's."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
@@ -43,7 +47,7 @@ class ClusteringConfig(Section):
     profile_noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of the Gaussian noise that the client adds to each number of a profile."""
     profile_weight: Annotated[float, Field(gt=0)] = 8.0
-    """Of the cosine of profiles in the kernel; that of the body and that of the head have 1 each. It is high because a
+    """Of the cosine of profiles in the kernel; that of the body has 1. It is high because a
     client's label skew adds up over the rounds in what was learned, while a profile stays as it is."""
     assign: Literal["uploads", "loss"] = "uploads"
     """``loss``: with ``kmeans`` and ``spectral``, from the round ``assign_from`` on clients choose among the clusters'
@@ -105,6 +109,10 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
+    if rule == "spectral" and config.features == "a" and aggregation == "ffa":
+        return (
+            "server.clustering.features: got 'a', but with server.aggregation.rule=ffa A is not trained; set products"
+        )
     if config.profile_noise and not config.profile_rows:
         return "server.clustering.profile_noise needs profile_rows, to whose profiles it is added"
     if pooled and config.scores:

@@ -11,6 +11,7 @@ OWNED: Tree = {
     "server": {
         "clustering": {
             "rule": "spectral",
+            "features": "a",
             "head": True,
             "cannot_link": True,
             "starts": 20,

@@ -1,12 +1,14 @@
 """What each slot has learned since each of its rounds began, summed over the rounds, as sketches of fixed size.
 
-In ``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all adapted matrices one after the
-other, and ``head.<key>`` for each head that it ever sent. Since sketches are linear, adding a round is adding numbers.
+Of each adapted matrix the change of the product ``B A``, or that of A alone (``server.clustering.features``). In
+``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all of them one after the other, and
+``head.<key>`` for each head that it ever sent. Since sketches are linear, adding a round is adding numbers.
 Beside them lies its ``profile``, if it has sent one.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +72,7 @@ class Changes:
         modules: For each adapted matrix its columns of ``body``.
         heads: By head key.
         profiles: Of the rows that the slots train on, where they were asked for.
+        of_a: Whether ``body`` holds changes of A alone.
     """
 
     keys: tuple[SlotKey, ...]
@@ -77,6 +80,7 @@ class Changes:
     modules: tuple[slice, ...]
     heads: Mapping[str, Vectors]
     profiles: Vectors | None = None
+    of_a: bool = False
 
     def only(self, rows: NDArray[np.int64]) -> "Changes":
         """Of some slots, given as sorted indices."""
@@ -90,7 +94,7 @@ class Changes:
 
         heads = {key: found for key, own in self.heads.items() if (found := of(own)) is not None}
         keys = tuple(self.keys[row] for row in rows.tolist())
-        return Changes(keys, self.body[rows], self.modules, heads, of(self.profiles))
+        return Changes(keys, self.body[rows], self.modules, heads, of(self.profiles), self.of_a)
 
     def memory(self) -> dict[SlotKey, Adapter]:
         """The same by slot, as ``ServerState`` holds it: views, no copies."""
@@ -109,10 +113,13 @@ def received_by(state: ServerState) -> dict[SlotKey, Adapter]:
     return {key: cluster.adapter for cluster in state.clusters for key in cluster.members}
 
 
-def width_of(state: ServerState) -> int:
+def width_of(state: ServerState, of_a: bool = False) -> int:
     """Numbers kept of each adapted matrix: as many as are held of it already, whoever has joined since."""
     initial = state.initial
-    sizes = [len(initial[name + LORA_B]) * initial[name + LORA_A].shape[1] for name in lora_modules(initial)]
+    sizes = [
+        initial[name + LORA_A].size if of_a else len(initial[name + LORA_B]) * initial[name + LORA_A].shape[1]
+        for name in lora_modules(initial)
+    ]
     held = {name: len(values) for tensors in state.memory.values() for name, values in tensors.items()}
 
     def made(width: int) -> bool:
@@ -128,7 +135,12 @@ def width_of(state: ServerState) -> int:
 
 
 def remember(
-    state: ServerState, updates: Sequence[Update], began: Mapping[SlotKey, Adapter], decay: float, seed: int
+    state: ServerState,
+    updates: Sequence[Update],
+    began: Mapping[SlotKey, Adapter],
+    decay: float,
+    seed: int,
+    of_a: bool = False,
 ) -> Changes:
     """Adds to each slot's memory what it has learned since its round began.
 
@@ -138,10 +150,12 @@ def remember(
         began: What each of the updates began from; a head that it lacks was taken from v0.
         decay: Weight of what was learned in earlier rounds, for slots with an update.
         seed: Of the run.
+        of_a: Of each adapted matrix the change of A alone, the same in all rounds.
     """
-    width = width_of(state)
+    width = width_of(state, of_a)
     index = {key: row for row, key in enumerate(sorted(state.memory.keys() | {update.key for update in updates}))}
-    body, modules = _body(state, updates, began, index, decay, width, seed)
+    sketches = _sketches(state.initial, width, seed, of_a)
+    body, modules = _body(state, updates, began, index, decay, sketches)
     held = {name[len(HEAD) :] for tensors in state.memory.values() for name in tensors if is_head(name)}
     sent = {
         key for key in head_keys(state.initial) if any(f"{HEAD}{key}.weight" in update.adapter for update in updates)
@@ -149,7 +163,7 @@ def remember(
     heads = {
         key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed) for key in sorted(held | sent)
     }
-    return Changes(tuple(index), body, modules, heads, _profiles(state, updates, index))
+    return Changes(tuple(index), body, modules, heads, _profiles(state, updates, index), of_a)
 
 
 def _profiles(state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int]) -> Vectors | None:
@@ -162,29 +176,36 @@ def _profiles(state: ServerState, updates: Sequence[Update], index: Mapping[Slot
     return Vectors(np.array([index[slot] for slot in slots]), np.stack([found[slot] for slot in slots]))
 
 
+def _sketches(initial: Adapter, width: int, seed: int, of_a: bool) -> dict[str, ProductSketch | VectorSketch]:
+    """The sketch of each adapted matrix."""
+    out: dict[str, ProductSketch | VectorSketch] = {}
+    for module in lora_modules(initial):
+        a, b = initial[module + LORA_A], initial[module + LORA_B]
+        if of_a:
+            out[module] = VectorSketch.draw(seed, module + LORA_A, a.size, width)
+        else:
+            out[module] = ProductSketch.draw(seed, module, len(b), a.shape[1], width)
+    return out
+
+
 def _body(
     state: ServerState,
     updates: Sequence[Update],
     began: Mapping[SlotKey, Adapter],
     index: Mapping[SlotKey, int],
     decay: float,
-    width: int,
-    seed: int,
+    sketches: Mapping[str, ProductSketch | VectorSketch],
 ) -> tuple[FloatArray, tuple[slice, ...]]:
     """The sketches of all adapted matrices, and each one's columns."""
     initial = state.initial
-    sketches: dict[str, tuple[ProductSketch, slice]] = {}
-    end = 0
-    for module in lora_modules(initial):
-        outputs, inputs = len(initial[module + LORA_B]), initial[module + LORA_A].shape[1]
-        sketch = ProductSketch.draw(seed, module, outputs, inputs, width)
-        sketches[module] = sketch, slice(end, end + sketch.width)
-        end += sketch.width
+    ends = np.cumsum([0, *(sketch.width for sketch in sketches.values())]).tolist()
+    columns = {module: slice(*edges) for module, edges in zip(sketches, pairwise(ends), strict=True)}
+    end = ends[-1]
     # The most numbers that one update becomes on the way through a sketch.
     largest = max(
         (
             max(initial[part].size, len(initial[module + LORA_A]) * sketch.width)
-            for module, (sketch, _) in sketches.items()
+            for module, sketch in sketches.items()
             for part in (module + LORA_A, module + LORA_B)
         ),
         default=1,
@@ -203,17 +224,21 @@ def _body(
     for part in parts:
         base = began[part[0].key]
         change = np.empty((len(part), end), dtype=np.float32)
-        for module, (sketch, columns) in sketches.items():
-            change[:, columns] = _matrix_changes(part, base, module, sketch)
+        for module, sketch in sketches.items():
+            change[:, columns[module]] = _matrix_changes(part, base, module, sketch)
         body[[index[update.key] for update in part]] += change
-    return body, tuple(columns for _, columns in sketches.values())
+    return body, tuple(columns.values())
 
 
-def _matrix_changes(part: Sequence[Update], base: Adapter, module: str, sketch: ProductSketch) -> FloatArray:
+def _matrix_changes(
+    part: Sequence[Update], base: Adapter, module: str, sketch: ProductSketch | VectorSketch
+) -> FloatArray:
     """The sketches of one matrix's changes since ``base``."""
     name_a, name_b = module + LORA_A, module + LORA_B
     a, b = base[name_a], base[name_b]
     da = np.concatenate([update.adapter[name_a] for update in part]).reshape(len(part), *a.shape) - a
+    if isinstance(sketch, VectorSketch):
+        return sketch(da.reshape(len(part), -1))
     db = np.concatenate([update.adapter[name_b] for update in part]).reshape(len(part), *b.shape) - b
     return sketch.change(b.T, a, db.transpose(0, 2, 1), da)
 

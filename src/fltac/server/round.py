@@ -204,7 +204,9 @@ def finish_round(
         return replace(state, round_number=number), nothing
     updates = [completion.whole(update, began) for update in updates]
     rule = settings.clustering
-    changes = remember(state, updates, began, rule.memory, settings.seed) if rule.rule in ACCUMULATING else None
+    changes = None
+    if rule.rule in ACCUMULATING:
+        changes = remember(state, updates, began, rule.memory, settings.seed, rule.features == "a")
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)

@@ -1,10 +1,15 @@
 """What is compared between slots: flattened factors (the paper), or a kernel of what was learned.
 
-The kernel is the cosine of the change of the product ``B A``, averaged over the adapted matrices, plus that of the
-heads' changes, plus that of the clients' profiles where they send some, less what all have in common. Each matrix is
-normalised before it is added, so that no loud layer decides alone. It does not change
-under ``A -> R A, B -> B R^-1``, compares different ranks, and the common factor alpha / r cancels. Products are
-compared through their sketches (``server.sketch``).
+The kernel is a cosine of what was learned, averaged over the adapted matrices, plus that of the heads' changes, plus
+that of the clients' profiles where they send some, less what all have in common. Each matrix is normalised before it is
+added, so that no loud layer decides alone, and the common factor alpha / r cancels. All is compared through sketches
+(``server.sketch``). Two kinds (``server.clustering.features``):
+
+``a``: of the change of A, and half as much of the heads, both without their sign. A's change says which inputs a task
+reads. B's and the head's say where to they push the output, and a client whose labels are skewed pushes all its tasks
+one way, another client the other way: the sign is loud and says nothing of the task.
+
+``products``: of the change of the product ``B A``, with its sign. It does not change under ``A -> R A, B -> B R^-1``.
 """
 
 import math
@@ -20,6 +25,7 @@ from fltac.server.changes import BLOCK, Changes, Vectors
 from fltac.server.sketch import VectorSketch
 
 Matrix = NDArray[np.float64]
+Rows = NDArray[np.int64]
 
 WHOLE = 512
 """Up to so many slots all pairs are compared and all adapters flattened; above, no matrix of either kind is formed."""
@@ -27,6 +33,8 @@ DISTANCE_WIDTH = 2048
 """Numbers kept of a flattened adapter where there are many."""
 OVERSAMPLING = 10
 """Vectors iterated beyond those wanted."""
+HEAD_OF_A = 0.5
+"""The weight of the heads' cosine beside that of A's change; beside that of the products it is 1."""
 ITERATIONS = 50
 TOLERANCE = 1e-3
 """Largest residual of a singular vector, relative to its squared singular value."""
@@ -80,7 +88,7 @@ def distance_sketches(adapters: Sequence[Adapter], head: bool, seed: int) -> Flo
 
 
 class Features:
-    """Rows whose inner products are the kernel, made a few at a time from what the slots have learned.
+    """What the kernel compares, normalised: a matrix of inner products, or rows made a few at a time.
 
     Heads of different keys have columns of their own, so that their cosine is 0.
     """
@@ -101,13 +109,18 @@ class Features:
         squares = np.zeros(n)
         for own in heads:
             squares[own.rows] += _squares(own.values)
-        scale = _scale(squares, 1.0)
+        scale = _scale(squares, HEAD_OF_A if changes.of_a else 1.0)
         # What is compared besides the body: vectors, and for each of their rows what makes it one of the kernel's.
-        self._others = [(own, scale[own.rows]) for own in heads]
+        self._heads = [(own, scale[own.rows]) for own in heads]
+        self._profiles: list[tuple[Vectors, FloatArray]] = []
         if changes.profiles is not None:
             centred = _centred(changes.profiles)
-            self._others.append((centred, _scale(_squares(centred.values), profile_weight)))
+            self._profiles.append((centred, _scale(_squares(centred.values), profile_weight)))
         self.shape = (n, changes.body.shape[1] + sum(own.values.shape[1] for own, _ in self._others))
+
+    @property
+    def _others(self) -> list[tuple[Vectors, FloatArray]]:
+        return [*self._heads, *self._profiles]
 
     def block(self, start: int, stop: int) -> FloatArray:
         """Rows of a range: float32 ``[stop - start, width]``."""
@@ -121,15 +134,25 @@ class Features:
             out[own.rows[part] - start, begin:end] = own.values[part] * scale[part, None]
         return out
 
+    def between(self, rows: Rows, columns: Rows) -> Matrix:
+        """The kernel of some slots with others, both sorted: float64 ``[len(rows), len(columns)]``.
+
+        Matrix by matrix, so that nothing of the size of all rows is made.
+        """
+        unsigned = self._changes.of_a
+        total = np.zeros((len(rows), len(columns)))
+        for scale, part in zip(self._scales.T, self._changes.modules, strict=True):
+            values = self._changes.body[:, part]
+            inner = (values[rows] @ values[columns].T) * np.outer(scale[rows], scale[columns])
+            total += np.abs(inner) if unsigned else inner
+        heads = _inner(self._heads, rows, columns)
+        total += np.abs(heads) if unsigned else heads
+        return total + _inner(self._profiles, rows, columns)
+
     def gram(self) -> Matrix:
-        """The kernel: float64 ``[n, n]``, matrix by matrix, so that nothing of the size of all rows is made."""
-        total = np.zeros((self.shape[0], self.shape[0]))
-        for scale, columns in zip(self._scales.T, self._changes.modules, strict=True):
-            values = self._changes.body[:, columns]
-            total += (values @ values.T) * np.outer(scale, scale)
-        for own, scale in self._others:
-            total[np.ix_(own.rows, own.rows)] += (own.values @ own.values.T) * np.outer(scale, scale)
-        return total
+        """The kernel of all slots: float64 ``[n, n]``."""
+        every = np.arange(self.shape[0])
+        return self.between(every, every)
 
     def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
         """All rows, some at a time."""
@@ -137,6 +160,18 @@ class Features:
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             yield slice(start, stop), self.block(start, stop)
+
+
+def _inner(parts: Sequence[tuple[Vectors, FloatArray]], rows: Rows, columns: Rows) -> Matrix:
+    """The sum of the inner products of what some slots have, each row times its scale."""
+    total = np.zeros((len(rows), len(columns)))
+    for own, scale in parts:
+        (left, left_place), (right, right_place) = (
+            np.intersect1d(own.rows, wanted, assume_unique=True, return_indices=True)[1:] for wanted in (rows, columns)
+        )
+        values = own.values * scale[:, None]
+        total[np.ix_(left_place, right_place)] += values[left] @ values[right].T
+    return total
 
 
 def _centred(profiles: Vectors) -> Vectors:
@@ -156,7 +191,7 @@ def _scale(squares: Matrix, weight: float) -> FloatArray:
 
 
 def kernel(changes: Changes, head: bool, profile_weight: float = 1.0) -> Matrix:
-    """The similarity of all pairs: float64 ``[n, n]``, symmetric, positive semi-definite."""
+    """The similarity of all pairs: float64 ``[n, n]``, symmetric; with products also positive semi-definite."""
     return Features(changes, head, profile_weight).gram()
 
 
@@ -193,9 +228,10 @@ def embedding(changes: Changes, head: bool, dimensions: int, seed: int, profile_
     Returns:
         ``[n, dimensions]``. Truncation matters: the small eigenvalues hold each slot's own noise.
     """
-    if len(changes.keys) > WHOLE:
-        return principal(Features(changes, head, profile_weight), dimensions, seed)
-    return leading(kernel(changes, head, profile_weight), dimensions)
+    features = Features(changes, head, profile_weight)
+    if len(changes.keys) <= WHOLE:
+        return leading(features.gram(), dimensions)
+    return (by_landmarks if changes.of_a else principal)(features, dimensions, seed)
 
 
 def leading(similarity: Matrix, dimensions: int) -> Matrix:
@@ -204,6 +240,25 @@ def leading(similarity: Matrix, dimensions: int) -> Matrix:
     top = slice(max(0, len(values) - dimensions), None)
     scaled = vectors[:, top] * np.sqrt(np.clip(values[top], 0.0, None))
     return np.asarray(scaled[:, ::-1])
+
+
+def by_landmarks(features: Features, dimensions: int, seed: int) -> Matrix:
+    """The same for a kernel that is no inner product of rows: from that of ``WHOLE`` slots (Nystroem's method).
+
+    The eigenvectors of a seeded sample's kernel, carried over to all slots by their similarity to the sample.
+    """
+    n = features.shape[0]
+    few = np.sort(generator(seed, "landmarks").permutation(n)[:WHOLE])
+    values, vectors = np.linalg.eigh(features.between(few, few))
+    top = slice(max(0, len(values) - dimensions), None)
+    values, vectors = values[top][::-1], vectors[:, top][:, ::-1]
+    roots = np.sqrt(np.clip(values, 0.0, None))
+    turn = vectors * np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 1e-6)
+    return np.concatenate([features.between(np.arange(n)[part], few) @ turn for part in _parts(n, WHOLE)])
+
+
+def _parts(n: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 def principal(features: Features, dimensions: int, seed: int) -> Matrix:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from recording import Gram, Recording
-from rules import KERNELS, RULES, by_matrix, cosine
+from rules import KERNELS, RULES, cosine, unsigned
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
@@ -15,8 +15,8 @@ from fltac.server.similarity import leading
 
 CLEAR = 0.05
 """Points of the score that a slot has to be above the majority class to have clearly learned something."""
-RIDGE = 0.5
-"""Of the classifier, on a kernel whose diagonal is 2."""
+RIDGE = 0.25
+"""Of the classifier, as a share of the kernel's diagonal."""
 
 
 def described(recording: Recording, draws: int) -> dict[str, Any]:
@@ -37,22 +37,23 @@ def ceiling(recording: Recording) -> float:
 
     Kernel ridge regression on the default kernel, one client left out at a time.
     """
-    kernel, clients = KERNELS["by-matrix+head"](recording), np.asarray(recording.clients)
+    kernel, clients = KERNELS["a+head"](recording), np.asarray(recording.clients)
     classes = np.eye(int(recording.truth.max()) + 1)[recording.truth]
-    found = np.empty(len(clients), dtype=int)
+    found, ridge = np.empty(len(clients), dtype=int), RIDGE * float(np.diag(kernel).mean())
     for client in np.unique(clients):
         held, rest = np.flatnonzero(clients == client), np.flatnonzero(clients != client)
         mean = classes[rest].mean(axis=0)
-        dual = np.linalg.solve(kernel[np.ix_(rest, rest)] + RIDGE * np.eye(len(rest)), classes[rest] - mean)
+        dual = np.linalg.solve(kernel[np.ix_(rest, rest)] + ridge * np.eye(len(rest)), classes[rest] - mean)
         rows, columns = linear_sum_assignment(-(kernel[np.ix_(held, rest)] @ dual))
         found[held[rows]] = columns
     return float(adjusted_rand_score(recording.truth, found))
 
 
 def chosen(recording: Recording, linked: bool) -> int:
-    """K as ``server.clustering.k: auto`` chooses it, from exact products."""
-    products, head = recording.grams["product"], cosine(recording.grams["head"].sum(0))
-    first, second = by_matrix(products[0::2]), by_matrix(products[1::2])
+    """K as ``server.clustering.k: auto`` chooses it."""
+    grams, none = recording.grams["a"], np.zeros_like(recording.grams["head"])
+    first, second = unsigned(grams[0::2], none, 0.0), unsigned(grams[1::2], none, 0.0)
+    head = 0.5 * np.abs(cosine(recording.grams["head"].sum(0)))
     pairs: list[tuple[Gram, Gram]] = [(first + head, second), (second + head, first), ((first + second) / 2, head)]
     views = [(partial(leading, by), within) for by, within in pairs]
     return choose_k(views, list(recording.clients) if linked else None, 5, 0).k

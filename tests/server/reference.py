@@ -27,6 +27,27 @@ def cosine(rows: np.ndarray) -> np.ndarray:
     return unit @ unit.T
 
 
+def changes_of_a(before: Adapter, after: Adapter) -> dict[str, np.ndarray]:
+    """As :func:`products`, but of each module's A alone."""
+    out = products(before, after)
+    for module in lora_modules(after):
+        out[module] = (after[module + ".lora_A"].astype(np.float64) - before[module + ".lora_A"]).ravel()
+    return out
+
+
+def exact_kernel_of_a(changes: Sequence[dict[str, np.ndarray]], head: bool) -> np.ndarray:
+    """The mean of the absolute cosines of the changes of A, plus half of that of all heads together."""
+    modules = [name for name in changes[0] if not name.startswith("head.")]
+    each = [np.abs(exact_kernel([{module: change[module]} for change in changes], False)) for module in modules]
+    total = np.mean(each, axis=0)
+    if head:
+        heads = [
+            {"none": np.zeros(1)} | {n: v for n, v in change.items() if n.startswith("head.")} for change in changes
+        ]
+        total = total + 0.5 * np.abs(exact_kernel(heads, True))
+    return np.asarray(total)
+
+
 def exact_kernel(changes: Sequence[dict[str, np.ndarray]], head: bool) -> np.ndarray:
     """The mean of the products' cosines, plus that of all heads together."""
     modules = [name for name in changes[0] if not name.startswith("head.")]

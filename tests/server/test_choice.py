@@ -139,7 +139,13 @@ def test_one_client_more_clusters_than_updates_and_nobody() -> None:
     assert (none.clusters, report.updates) == (after.clusters, 0)
 
 
-LEVER = ("method=fltac", "server.clustering.assign=loss", "server.clustering.assign_from=3", "server.clustering.k=2")
+LEVER = (
+    "method=fltac",
+    "server.clustering.features=products",
+    "server.clustering.assign=loss",
+    "server.clustering.assign_from=3",
+    "server.clustering.k=2",
+)
 
 
 def test_the_lever_lets_clients_choose_from_its_round_on() -> None:

@@ -149,7 +149,9 @@ def test_a_newer_update_of_the_same_slot_goes_first() -> None:
 
 def test_what_a_stale_update_learned_counts_from_where_it_began() -> None:
     """Both clients hold the cluster's adapter (2, 2); the stale one began from (1, 3) of an earlier round."""
-    settings = server("method=fltac", "server.clustering.k=1", "federation.stale=use")
+    settings = server(
+        "method=fltac", "server.clustering.features=products", "server.clustering.k=1", "federation.stale=use"
+    )
     first = state("a", "b")
     older = adapter(1, 3)
     before, _ = finish_round(

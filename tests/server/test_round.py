@@ -113,7 +113,7 @@ def test_a_round_of_the_first_mean_that_nobody_answers_comes_later() -> None:
 
 def test_what_was_learned_before_the_first_mean_counts_from_what_each_slot_was_sent() -> None:
     # Slots that move twice by the same product: what is remembered is twice what one round taught, not more.
-    plain = ("server.clustering.k=2", "federation.rounds=9")
+    plain = ("server.clustering.features=products", "server.clustering.k=2", "federation.rounds=9")
     replies = [reply("a", adapter(1, 1)), reply("b", adapter(1, -1)), reply("c", adapter(1, 1))]
     twice = [reply("a", adapter(1, 2)), reply("b", adapter(1, -2)), reply("c", adapter(1, 2))]
     settings = (*plain, "server.aggregation.from_round=3")
@@ -255,13 +255,22 @@ def test_cohorts_are_seeded_and_everybodys_turn_comes() -> None:
 def test_memory_adds_what_was_learned_since_the_round_began() -> None:
     """Round 1 from v0, round 2 from the cluster's mean: the products of both changes."""
     first = state("a")
-    one = play(first, [reply("a", adapter(1, 2))], "method=fltac", "server.clustering.k=1")
-    two = play(one, [reply("a", adapter(3, 4, head=5))], "method=fltac", "server.clustering.k=1")
+    settings = ("method=fltac", "server.clustering.features=products", "server.clustering.k=1")
+    one = play(first, [reply("a", adapter(1, 2))], *settings)
+    two = play(one, [reply("a", adapter(3, 4, head=5))], *settings)
     held = two.memory["a", 0]
     np.testing.assert_allclose(held["body"], np.full(6, 1 * 2 + (3 * 4 - 1 * 2)), atol=1e-5)
     head = (5.0 - first.initial["head.2.weight"]).ravel()
     np.testing.assert_allclose(held["head.2"], [*head, 0.0, 0.0], atol=1e-6)
     assert play(first, [reply("a", adapter(1, 2))], *KMEANS).memory == {}
+
+
+def test_memory_of_a_adds_the_changes_of_a_alone() -> None:
+    """From v0 to 1, then from the cluster's mean 1 to 3: together 3 less v0; B plays no part."""
+    first = state("a")
+    one = play(first, [reply("a", adapter(1, 2))], "method=fltac", "server.clustering.k=1")
+    two = play(one, [reply("a", adapter(3, 4))], "method=fltac", "server.clustering.k=1")
+    np.testing.assert_allclose(two.memory["a", 0]["body"], 3 - first.initial["m.lora_A"].ravel(), atol=1e-6)
 
 
 def test_slots_that_were_not_asked_are_regrouped_by_what_they_learned() -> None:

@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
 
 from fltac.records import Adapter, ServerState
 from fltac.server import changes, similarity
 from fltac.server.changes import Changes, remember
-from fltac.server.similarity import Features, distance_sketches, embedding, flattened, kernel, principal, views
+from fltac.server.clustering import group
+from fltac.server.similarity import (
+    Features,
+    by_landmarks,
+    distance_sketches,
+    embedding,
+    flattened,
+    kernel,
+    principal,
+    views,
+)
 from server.builders import adapter, planted, update
-from server.reference import exact_kernel, products
+from server.reference import changes_of_a, exact_kernel, exact_kernel_of_a, products
 
 
 def random_adapter(draw: np.random.Generator, rank: int = 2, key: str = "2") -> Adapter:
@@ -31,12 +42,13 @@ def zeros(like: Adapter) -> Adapter:
     return {name: np.zeros_like(tensor) for name, tensor in like.items()}
 
 
-def learned(adapters: Sequence[Adapter], initial: Adapter | None = None) -> Changes:
+def learned(adapters: Sequence[Adapter], initial: Adapter | None = None, of_a: bool = False) -> Changes:
     """What slots have learned that went from ``initial``, or from zero, to these adapters."""
     if initial is None:
         initial = zeros({name: tensor for item in adapters for name, tensor in item.items()})
     updates = [update("a", slot, item) for slot, item in enumerate(adapters)]
-    return remember(ServerState(0, initial, ("a",)), updates, {update.key: initial for update in updates}, 1.0, seed=0)
+    began = {update.key: initial for update in updates}
+    return remember(ServerState(0, initial, ("a",)), updates, began, 1.0, 0, of_a)
 
 
 @given(rank=st.integers(1, 4), n=st.integers(1, 5), seed=st.integers(0, 99), head=st.booleans())
@@ -46,6 +58,28 @@ def test_the_kernel_of_small_matrices_is_exact(rank: int, n: int, seed: int, hea
     held = [random_adapter(draw, rank) for _ in range(n)]
     expected = exact_kernel([products(initial, item) for item in held], head)
     np.testing.assert_allclose(kernel(learned(held, initial), head), expected, atol=1e-5)
+
+
+@given(rank=st.integers(1, 4), n=st.integers(1, 5), seed=st.integers(0, 99), head=st.booleans())
+def test_the_kernel_of_a_is_exact_where_nothing_is_sketched(rank: int, n: int, seed: int, head: bool) -> None:
+    draw = np.random.default_rng(seed)
+    initial = random_adapter(draw, rank)
+    held = [random_adapter(draw, rank, "3" if slot % 3 == 2 else "2") for slot in range(n)]
+    initial |= random_adapter(draw, rank, "3")
+    expected = exact_kernel_of_a([changes_of_a(initial, item) for item in held], head)
+    np.testing.assert_allclose(kernel(learned(held, initial, of_a=True), head), expected, atol=1e-5)
+
+
+def test_the_kernel_of_a_does_not_see_which_way_labels_push() -> None:
+    """A slot that learned the same with all signs turned is the same; with products it is the opposite."""
+    draw = np.random.default_rng(2)
+    item = random_adapter(draw)
+    other = {name: -tensor for name, tensor in item.items()}
+    found = kernel(learned([item, other], of_a=True), True)
+    np.testing.assert_allclose(found, np.full((2, 2), 1.5), atol=1e-5)
+    turned = {name: -tensor if ".lora_B" in name or "head" in name else tensor for name, tensor in item.items()}
+    np.testing.assert_allclose(kernel(learned([item, turned]), True)[0, 1], -2.0, atol=1e-5)
+    np.testing.assert_allclose(kernel(learned([item, turned], of_a=True), True)[0, 1], 1.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [512, 2048])
@@ -117,9 +151,27 @@ def test_a_slot_that_learned_nothing_is_similar_to_nobody() -> None:
     assert list(found[1]) == [0.0, 0.0]
 
 
-def planted_changes(clients: int) -> tuple[Changes, int]:
+def planted_changes(clients: int, of_a: bool = False) -> tuple[Changes, int]:
     updates, truth = planted(clients, 3, noise=1.0)
-    return learned([item.adapter for item in updates]), len(truth)
+    return learned([item.adapter for item in updates], of_a=of_a), len(truth)
+
+
+@pytest.mark.parametrize("block", [7, 60])
+def test_many_slots_are_placed_by_their_similarity_to_a_sample(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """A sample of as many as there are is the eigendecomposition; one of half keeps the tasks apart."""
+    updates, truth = planted(40, 3)
+    found = learned([item.adapter for item in updates], of_a=True)
+    expected = embedding(found, True, 3, seed=0)
+    features = Features(found, True)
+    monkeypatch.setattr(similarity, "WHOLE", len(truth))
+    points = by_landmarks(features, 3, seed=0)
+    np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=1e-5)
+    monkeypatch.setattr(similarity, "WHOLE", block)
+    points = embedding(found, True, 3, seed=0)
+    np.testing.assert_array_equal(points, by_landmarks(features, 3, seed=0))
+    assert points.shape == expected.shape
+    owners = [item.client for item in updates]
+    assert adjusted_rand_score(truth, group(points, 3, owners, 20, 0)) == 1.0
 
 
 def test_embedding_is_the_truncated_eigendecomposition() -> None:

@@ -136,6 +136,8 @@ def grams(
         }
         if a.shape[1] > 1:
             flat["product_top"] = leading_direction(product)
+            for row in np.moveaxis(a - initial[module + LORA_A], 1, 0).astype(np.float32):
+                out["a_row"].append((row @ row.T).astype(np.float64))
         for kind, values in flat.items():
             rows = values.reshape(n, -1).astype(np.float32)
             out[kind].append((rows @ rows.T).astype(np.float64))

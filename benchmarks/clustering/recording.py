@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 
 Gram = NDArray[np.float64]
 
-KINDS = ("product", "product_seen", "product_top", "a", "b", "head")
+KINDS = ("product", "product_seen", "product_top", "a", "a_row", "b", "head")
 """Inner products of the changes of: the products B A; the same weighted by the covariance of the layer's own inputs;
-their best approximations of rank 1, where they are of a higher one; A; B; the head (weight and bias apart)."""
+their best approximations of rank 1, where they are of a higher one; A; its rows alone, likewise; B; the head (weight and bias apart)."""
 
 
 @dataclass(frozen=True)

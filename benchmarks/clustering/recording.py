@@ -19,7 +19,8 @@ Gram = NDArray[np.float64]
 
 KINDS = ("product", "product_seen", "product_top", "a", "a_row", "b", "head")
 """Inner products of the changes of: the products B A; the same weighted by the covariance of the layer's own inputs;
-their best approximations of rank 1, where they are of a higher one; A; its rows alone, likewise; B; the head (weight and bias apart)."""
+their best approximations of rank 1, where they are of a higher one; A; its rows alone, likewise; B; the head (weight
+and bias apart)."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def main() -> int:
         known = found.get(path.stem, {}).get("rules", {})
         rules = [rule for rule in args.rules if args.again or known.get(rule, {}).get("rule") != repr(RULES[rule])]
         if rules:
-            jobs.append((path, rules, args.again or "uploads" not in found.get(path.stem, {})))
+            # What is said of the uploads follows from the default rule.
+            jobs.append((path, rules, "default" in rules or "uploads" not in found.get(path.stem, {})))
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for (path, rules, _), result in zip(jobs, pool.map(replayed, *zip(*jobs, strict=True)), strict=True):
             own = found.setdefault(path.stem, {"rules": {}})

@@ -3,6 +3,7 @@
 import ast
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,6 +272,17 @@ def test_memory_of_a_adds_the_changes_of_a_alone() -> None:
     one = play(first, [reply("a", adapter(1, 2))], "method=fltac", "server.clustering.k=1")
     two = play(one, [reply("a", adapter(3, 4))], "method=fltac", "server.clustering.k=1")
     np.testing.assert_allclose(two.memory["a", 0]["body"], 3 - first.initial["m.lora_A"].ravel(), atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"heads": {}}, {"rule": "ffa"}])
+def test_without_heads_or_with_a_fixed_a_products_are_compared(change: dict[str, Any]) -> None:
+    first = state("a", heads=change.get("heads", {"2": (2, 3)}))
+    rule = f"server.aggregation.rule={change.get('rule', 'mean')}"
+    body = {name: tensor for name, tensor in adapter(1, 2).items() if name in first.initial}
+    if "rule" in change:
+        del body["m.lora_A"]
+    one = play(first, [reply("a", body)], "method=fltac", "server.clustering.k=1", rule)
+    assert len(one.memory["a", 0]["body"]) == 2 * 3, "as many numbers as the product has"
 
 
 def test_slots_that_were_not_asked_are_regrouped_by_what_they_learned() -> None:

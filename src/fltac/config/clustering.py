@@ -25,10 +25,11 @@ class ClusteringConfig(Section):
     how well the means of groups found in some of the adapted matrices predict their members in the others; with
     ``cannot_link`` at least as many as one client has slots. ``cfl`` needs none; ``fedlease`` takes the best
     silhouette where it is not given."""
-    features: Literal["a", "products"] = "a"
+    features: Literal["auto", "a", "products"] = "auto"
     """``spectral``: what is compared of each adapted matrix. ``a``: the change of A, without its sign, and half as much
     of the head's, so that clients whose labels are skewed are not told apart by it; ``products``: the change of the
-    product B A, with its sign, and as much of the head's."""
+    product B A, with its sign, and as much of the head's; ``auto``: ``a``, but ``products`` where nothing has a head
+    (language models) or A is not trained."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True

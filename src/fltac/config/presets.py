@@ -11,7 +11,7 @@ OWNED: Tree = {
     "server": {
         "clustering": {
             "rule": "spectral",
-            "features": "a",
+            "features": "auto",
             "head": True,
             "cannot_link": True,
             "starts": 20,

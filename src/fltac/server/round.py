@@ -19,6 +19,7 @@ from fltac.records import (
     RoundReport,
     ServerState,
     SlotKey,
+    head_keys,
 )
 from fltac.seeding import generator
 from fltac.server.changes import PROFILE, Changes, remember
@@ -91,6 +92,13 @@ def plan_delivery(
     """What every client that is there (default: that is known) is sent after a round."""
     there = _presences(state) if present is None else {item.client: item for item in present}
     return _requests(state, settings, state.round_number, [there[client] for client in sorted(there)])
+
+
+def _compares_a(state: ServerState, settings: ServerSettings) -> bool:
+    """Whether ``spectral`` compares changes of A: the same in all rounds of a run."""
+    rule = settings.clustering
+    labelled = bool(head_keys(state.initial)) and settings.aggregation.rule != "ffa"
+    return rule.features == "a" or (rule.features == "auto" and labelled)
 
 
 def _presences(state: ServerState) -> dict[str, Presence]:
@@ -206,7 +214,7 @@ def finish_round(
     rule = settings.clustering
     changes = None
     if rule.rule in ACCUMULATING:
-        changes = remember(state, updates, began, rule.memory, settings.seed, rule.features == "a")
+        changes = remember(state, updates, began, rule.memory, settings.seed, _compares_a(state, settings))
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)

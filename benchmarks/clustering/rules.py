@@ -86,6 +86,8 @@ def unsigned(grams: Gram, head: Gram, weight: float) -> Gram:
 KERNELS: dict[str, Kernel] = {
     "a+head": lambda r: unsigned(r.grams["a"], r.grams["head"], 0.5),
     "a+1head": lambda r: unsigned(r.grams["a"], r.grams["head"], 1.0),
+    # Of rank 1 a factor is its only row.
+    "a rows+head": lambda r: unsigned(r.grams["a" if r.facts["rank"] == 1 else "a_row"], r.grams["head"], 0.5),
     "a": lambda r: unsigned(r.grams["a"], r.grams["head"], 0.0),
     "b+1head unsigned": lambda r: unsigned(r.grams["b"], r.grams["head"], 1.0),
     "product+1head unsigned": lambda r: unsigned(r.grams["product"], r.grams["head"], 1.0),
@@ -249,6 +251,8 @@ RULES: dict[str, Rule | Consensus | Merged] = {
     "default, centred K-1": Rule("a+head", -1, centre=True),
     "default, rows": Rule("a+head", rows=True),
     "default, client": Rule("a+head", client=1.0),
+    "default, rows of A": Rule("a rows+head"),
+    "default, rows of A, K+2": Rule("a rows+head", 2),
     "default, twice the head": Rule("a+1head"),
     "default, no head": Rule("a"),
     "default, no head, K+2": Rule("a", 2),

@@ -65,7 +65,12 @@ def legend(figure: Figure, axes: Sequence[Any]) -> None:
 
 def colour(method: str) -> str:
     """Of a method's marks; grey for those without one of their own."""
-    return COLOUR.get(method, "#999999")
+    return COLOUR.get(method.replace("-products", ""), "#999999")
+
+
+def dashes(method: str) -> str:
+    """Of a method's line: what compares products has the colour of what does not."""
+    return "--" if "-products" in method else "-"
 
 
 def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
@@ -77,7 +82,15 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
             if not groups(method) or not curves.size:
                 continue
             rounds = range(1, curves.shape[1] + 1)
-            place.plot(rounds, curves.mean(axis=0), color=colour(method), marker="o", markersize=3, label=method)
+            place.plot(
+                rounds,
+                curves.mean(axis=0),
+                color=colour(method),
+                linestyle=dashes(method),
+                marker="o",
+                markersize=3,
+                label=method,
+            )
             place.fill_between(rounds, curves.min(0), curves.max(0), color=colour(method), alpha=0.12, linewidth=0)
         place.set_xlabel("round")
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,7 +112,8 @@ def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
             gains = [run["mean_score"] - oracle[run["seed"]] for run in paired]
             sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
             spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
-            place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt="o", color=colour(method), label=method)
+            mark = "s" if "-products" in method else "o"
+            place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt=mark, color=colour(method), label=method)
         place.axhline(0, color="#999999", linewidth=0.8, linestyle="--")
         place.set_xlabel("MB uploaded, all clients and rounds")
     axes[0].set_ylabel("mean score less the oracle's")

@@ -189,7 +189,8 @@ def main() -> int:
         "",
         "## Kept for the end",
         "",
-        f"Seeds {', '.join(map(str, KEPT_SEEDS))} of I, II and III, and whole regimes.",
+        f"No rule was chosen by seeds {', '.join(map(str, KEPT_SEEDS))} of I, II and III (those that were recorded "
+        "are here), nor by these regimes.",
         "",
         *rules_by_setting(held),
         "",
@@ -215,6 +216,8 @@ def main() -> int:
     lines += [
         "",
         "## Whole runs",
+        "",
+        "Films are of runs that compared products, and so is all that is replayed on them below, and the quickstart's.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",
         "|---|---|---|---|",

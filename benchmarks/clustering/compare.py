@@ -46,8 +46,8 @@ class Size:
         folder: Where the results lie.
         settings: What all runs have in common, beside the regime's own config.
         rows: Validation rows of a task that are scored after the last round.
-        chosen: Methods whose learning rate is chosen; variants take that of their method and the oracle that of
-            ``fltac``, so that what lies between them is the grouping alone, and ``central`` the config's own.
+        chosen: Methods whose learning rate is chosen; variants take that of their method, ``fltac`` and the oracle that
+            of ``fltac-products``, so that what lies between them is the grouping alone, and ``central`` the config's own.
         wide: Of published rules with one adapter for all tasks: the rank of all tasks' adapters together, at the same
             scale, as the configs say for FedIT.
         about: Tasks, backbone and what is adapted, in words.
@@ -78,7 +78,7 @@ class Size:
 COMMON = ["federation.rounds=5", "training.steps=50", "training.threads=1"]
 # Two of six layers: what the four below make of a row is then made once for all runs, which takes a third of the time.
 LIGHTER = ["lora.layers=[4,5]", "training.batch_size=4", "training.prefix_cache=16384"]
-BASELINES = ("local", "fedit", "fltac-paper", "fltac")
+BASELINES = ("local", "fedit", "fltac-paper", "fltac-products")
 GROUPINGS = ("ifca", "cfl", "fedlease")
 SHARED = ("ffa-lora", "rolora", "fedsa-lora", "flexlora", "flora", "fedex-lora", "fedprox", "fedavgm", "fedadam")
 """Published rules that have one adapter for all tasks, as FedIT has."""
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = [Job(args.size, method, size.rate_regime, rate=rate) for method in own for rate in rates]
     elif args.what == "weights":
         jobs = [
-            Job("small", "fltac+profiles", WEIGHT_REGIME, seed, weight=name)
+            Job("small", "fltac-products+profiles", WEIGHT_REGIME, seed, weight=name)
             for seed in WEIGHT_SEEDS
             for name in WEIGHED
         ]
@@ -233,7 +233,7 @@ def rate_of(method: str, size: Size) -> list[str]:
     if method in ("zero", "central"):
         return []
     base = method.partition("+")[0]
-    source = base if base in size.chosen else "fltac"
+    source = base if base in size.chosen else "fltac-products"
     found = [json.loads(path.read_text(encoding="utf-8")) for path in size.rates.glob(f"{source}-lr*.json")]
     if len(found) < len(size.tried):
         raise LookupError(

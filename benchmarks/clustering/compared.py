@@ -186,8 +186,8 @@ def rates(size: Size) -> list[str]:
     tried = sorted({rate for _, rate in scores})
     lines = [
         f"After {RATE_ROUNDS} rounds of regime {size.rate_regime} with seed {RATE_SEED}, which is none of the seeds "
-        "above. Variants take the rate of their method, the oracle that of `fltac`, `central` the config's. Where the "
-        "best is at an end of what was tried, another rate may be better.",
+        "above. Variants take the rate of their method, `fltac` and the oracle that of `fltac-products`, `central` the "
+        "config's. Where the best is at an end of what was tried, another rate may be better.",
         "",
         "| method | " + " | ".join(f"{rate:g}" for rate in tried) + " |",
         "|---" * (len(tried) + 1) + "|",
@@ -201,7 +201,8 @@ def rates(size: Size) -> list[str]:
 def weights() -> list[str]:
     """ARI over the rounds and the score, for what was tried as the weight of profiles."""
     lines = [
-        f"Regime {WEIGHT_REGIME} with seeds that are none of those above: ARI by round, and the score.",
+        f"Regime {WEIGHT_REGIME} with seeds that are none of those above, products beside profiles: ARI by round, and "
+        "the score.",
         "",
         "| weight | " + " | ".join(f"seed {seed}" for seed in WEIGHT_SEEDS) + " |",
         "|---" * (len(WEIGHT_SEEDS) + 1) + "|",

@@ -274,7 +274,7 @@ def test_memory_of_a_adds_the_changes_of_a_alone() -> None:
     np.testing.assert_allclose(two.memory["a", 0]["body"], 3 - first.initial["m.lora_A"].ravel(), atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"heads": {}}, {"rule": "ffa"}])
+@pytest.mark.parametrize("change", [{"heads": {}}, {"rule": "ffa"}, {"rule": "rolora"}])
 def test_without_heads_or_with_a_fixed_a_products_are_compared(change: dict[str, Any]) -> None:
     first = state("a", heads=change.get("heads", {"2": (2, 3)}))
     rule = f"server.aggregation.rule={change.get('rule', 'mean')}"

@@ -101,6 +101,21 @@ def test_the_kernel_of_sketches_has_the_error_that_is_promised(monkeypatch: pyte
     np.testing.assert_allclose(np.diag(found), 2.0, atol=1e-5)
 
 
+def test_sketches_of_long_changes_of_a_are_off_by_little_more_than_their_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its sign an error does not average out: unrelated slots seem alike by about sqrt(2 / (pi * width))."""
+    width = 512
+    monkeypatch.setattr(changes, "WIDEST", width)
+    draw = np.random.default_rng(0)
+    shapes = {f"{name}.lora_A": (8, 384) for name in "mnop"} | {f"{name}.lora_B": (4, 8) for name in "mnop"}
+    base = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    moved = [{n: t + draw.normal(size=t.shape).astype(np.float32) for n, t in base.items()} for _ in range(20)]
+    found = kernel(learned(moved, base, of_a=True), False)
+    exact = exact_kernel_of_a([changes_of_a(base, item) for item in moved], False)
+    pairs = np.triu_indices(20, 1)
+    assert exact[pairs].mean() < found[pairs].mean() < exact[pairs].mean() + (2 / np.pi / width) ** 0.5
+    np.testing.assert_allclose(np.diag(found), 1.0, atol=1e-5)
+
+
 def test_a_small_change_of_large_factors_keeps_its_direction() -> None:
     """The change is three parts in ten thousand of the factors; its cosine must not drown in rounding."""
     draw = np.random.default_rng(0)

@@ -29,7 +29,7 @@ class ClusteringConfig(Section):
     """``spectral``: what is compared of each adapted matrix. ``a``: the change of A, without its sign, and half as much
     of the head's, so that clients whose labels are skewed are not told apart by it; ``products``: the change of the
     product B A, with its sign, and as much of the head's; ``auto``: ``a``, but ``products`` where nothing has a head
-    (language models) or A is not trained."""
+    (language models) or A is not trained in all rounds (``ffa``, ``rolora``)."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
@@ -110,8 +110,8 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
-    if rule == "spectral" and config.features == "a" and aggregation == "ffa":
-        return "server.clustering.features: got 'a', but ffa never trains A; allowed: auto, products"
+    if rule == "spectral" and config.features == "a" and aggregation in ("ffa", "rolora"):
+        return f"server.clustering.features: got 'a', but {aggregation} does not train A each round; allowed: auto, products"
     if config.profile_noise and not config.profile_rows:
         return "server.clustering.profile_noise needs profile_rows, to whose profiles it is added"
     if pooled and config.scores:

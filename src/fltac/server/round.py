@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from fltac.config import ServerSettings
 from fltac.records import (
+    LORA_A,
     Adapter,
     LateReply,
     Presence,
@@ -97,7 +98,7 @@ def plan_delivery(
 def _compares_a(state: ServerState, settings: ServerSettings) -> bool:
     """Whether ``spectral`` compares changes of A: the same in all rounds of a run."""
     rule = settings.clustering
-    labelled = bool(head_keys(state.initial)) and settings.aggregation.rule != "ffa"
+    labelled = bool(head_keys(state.initial)) and settings.aggregation.frozen(1) != LORA_A
     return rule.features == "a" or (rule.features == "auto" and labelled)
 
 

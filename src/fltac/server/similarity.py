@@ -6,7 +6,7 @@ added, so that no loud layer decides alone, and the common factor alpha / r canc
 (``server.sketch``). Two kinds (``server.clustering.features``):
 
 ``a``: of the change of A, and half as much of the heads, both without their sign. A's change says which inputs a task
-reads. B's and the head's say where to they push the output, and a client whose labels are skewed pushes all its tasks
+reads. B's and the head's say where they push the output to, and a client whose labels are skewed pushes all its tasks
 one way, another client the other way: the sign is loud and says nothing of the task.
 
 ``products``: of the change of the product ``B A``, with its sign. It does not change under ``A -> R A, B -> B R^-1``.
@@ -169,8 +169,8 @@ def _inner(parts: Sequence[tuple[Vectors, FloatArray]], rows: Rows, columns: Row
         (left, left_place), (right, right_place) = (
             np.intersect1d(own.rows, wanted, assume_unique=True, return_indices=True)[1:] for wanted in (rows, columns)
         )
-        values = own.values * scale[:, None]
-        total[np.ix_(left_place, right_place)] += values[left] @ values[right].T
+        inner = (own.values[left] * scale[left, None]) @ (own.values[right] * scale[right, None]).T
+        total[np.ix_(left_place, right_place)] += inner
     return total
 
 

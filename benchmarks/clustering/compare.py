@@ -47,7 +47,7 @@ class Size:
         settings: What all runs have in common, beside the regime's own config.
         rows: Validation rows of a task that are scored after the last round.
         chosen: Methods whose learning rate is chosen; variants take that of their method, ``fltac`` and the oracle that
-            of ``fltac-products``, so that what lies between them is the grouping alone, and ``central`` the config's own.
+            of ``fltac-products``, so that what lies between them is the grouping alone; ``central`` the config's own.
         wide: Of published rules with one adapter for all tasks: the rank of all tasks' adapters together, at the same
             scale, as the configs say for FedIT.
         about: Tasks, backbone and what is adapted, in words.

@@ -111,7 +111,9 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
     if rule == "spectral" and config.features == "a" and aggregation in ("ffa", "rolora"):
-        return f"server.clustering.features: got 'a', but {aggregation} does not train A each round; allowed: auto, products"
+        return (
+            f"server.clustering.features: got 'a', but {aggregation} does not always train A; allowed: auto, products"
+        )
     if config.profile_noise and not config.profile_rows:
         return "server.clustering.profile_noise needs profile_rows, to whose profiles it is added"
     if pooled and config.scores:

@@ -32,6 +32,18 @@ COLOUR = {
     "oracle": "#e08e45",
     "oracle+adjusted": "#b5651d",
     "central": "#555555",
+    "ifca": "#b07aa1",
+    "cfl": "#9c755f",
+    "fedlease": "#e0b82e",
+    "ffa-lora": "#4e79a7",
+    "rolora": "#f28e2b",
+    "fedsa-lora": "#e15759",
+    "flexlora": "#76b7b2",
+    "flora": "#59a14f",
+    "fedex-lora": "#ff9da7",
+    "fedprox": "#8a7f78",
+    "fedavgm": "#5fa8a0",
+    "fedadam": "#d37295",
 }
 
 
@@ -60,6 +72,7 @@ def legend(figure: Figure, axes: Sequence[Any]) -> None:
     handles = {
         label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
     }
+    figure.set_figheight(max(figure.get_figheight(), 0.19 * len(handles) + 0.3))
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
 
 

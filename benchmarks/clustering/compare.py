@@ -120,6 +120,8 @@ VARIANTS: dict[str, list[str]] = {
     "+later": ["server.aggregation.from_round=3"],
     "+loss": BY_LOSS,
     "+single": ["server.clustering.rule=single"],
+    "+hysteresis": ["server.clustering.hysteresis=0.1"],
+    "+halved": ["server.clustering.memory=0.5"],
 }
 """Of ``fltac``."""
 METHODS: dict[str, list[str]] = {

@@ -48,8 +48,8 @@ class ClusteringConfig(Section):
     profile_noise: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of the Gaussian noise that the client adds to each number of a profile."""
     profile_weight: Annotated[float, Field(gt=0)] = 8.0
-    """Of the cosine of profiles in the kernel; that of the body has 1. It is high because a
-    client's label skew adds up over the rounds in what was learned, while a profile stays as it is."""
+    """Of the cosine of profiles in the kernel; that of the body has 1. It is high because a client's label skew
+    adds up over the rounds in what was learned, while a profile stays as it is."""
     assign: Literal["uploads", "loss"] = "uploads"
     """``loss``: with ``kmeans`` and ``spectral``, from the round ``assign_from`` on clients choose among the clusters'
     adapters by the loss on their own rows, as with ``ifca``."""

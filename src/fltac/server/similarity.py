@@ -254,11 +254,7 @@ def by_landmarks(features: Features, dimensions: int, seed: int) -> Matrix:
     values, vectors = values[top][::-1], vectors[:, top][:, ::-1]
     roots = np.sqrt(np.clip(values, 0.0, None))
     turn = vectors * np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 1e-6)
-    return np.concatenate([features.between(np.arange(n)[part], few) @ turn for part in _parts(n, WHOLE)])
-
-
-def _parts(n: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, n, size)]
+    return np.concatenate([features.between(np.arange(n)[i : i + WHOLE], few) @ turn for i in range(0, n, WHOLE)])
 
 
 def principal(features: Features, dimensions: int, seed: int) -> Matrix:

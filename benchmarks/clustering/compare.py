@@ -24,15 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from film import first_state, played
+from film import first_state, played, sharing
 from record import FOLDER
 from regimes import REGIMES, regime_config
 
 from fltac.data.encoded import majority_score
-from fltac.model.prefix import RowKey
 from fltac.runtime.atomic import write_atomic
 from fltac.runtime.provenance import code_state, hardware, versions
-from fltac.runtime.setup import prepare, resolved
 
 OUT = FOLDER.parent / "comparison"
 WEIGHTS = OUT / "weights"
@@ -148,8 +146,6 @@ WEIGHED = {
     "8": ["server.clustering.profile_weight=8"],
 }
 """What was tried so that a right grouping stays right, where it is hardest."""
-KEPT: dict[RowKey, torch.Tensor] = {}
-"""What the frozen layers made of rows, for all runs of a process; it grows to some gigabytes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,9 +260,7 @@ def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: 
     if path.exists():
         return
     config = regime_config(regime, seed, [*size.settings, *settings_of(method, size), *settings])
-    experiment = resolved(prepare(config))
-    if experiment.model.prefix is not None:
-        experiment.model.prefix.kept = KEPT
+    experiment = sharing(config)
     records, last = played(experiment, first_state(experiment), size.rows)
     config = experiment.config
     majority = {name: majority_score(task) for name, task in experiment.tasks.items()}

@@ -21,6 +21,7 @@ from regimes import REGIMES, regime_config
 
 from fltac.config import Config
 from fltac.evaluation import clustering_record, score_state
+from fltac.model.prefix import RowKey
 from fltac.records import (
     HEAD,
     LORA_A,
@@ -40,6 +41,8 @@ from fltac.runtime.simulation import Simulation
 from fltac.server.round import init_server
 
 FILMS = FOLDER.parent / "films"
+KEPT: dict[RowKey, torch.Tensor] = {}
+"""What the frozen layers made of rows, for all runs of a process; it grows to some gigabytes."""
 
 
 def main() -> int:
@@ -65,7 +68,7 @@ def main() -> int:
 
 def play(config: Config, name: str, rows: int, out: Path) -> None:
     """Plays a run; writes its uploads (``.safetensors``, as one recording of rounds times slots) and its rounds."""
-    experiment = resolved(prepare(config))
+    experiment = sharing(config)
     config = experiment.config
     tasks = {holding.key: holding.task for holding in experiment.holdings}
     keys = sorted(tasks)
@@ -103,6 +106,14 @@ def play(config: Config, name: str, rows: int, out: Path) -> None:
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     aris = [f"{own['clustering']['ari']:.2f}" for own in rounds if own["clustering"]]
     print(f"{name}: {scored['mean_score']:.3f}", *aris, file=sys.stderr, flush=True)
+
+
+def sharing(config: Config) -> Experiment:
+    """A run's parts, with what its frozen layers make of rows kept for the process's next runs."""
+    experiment = resolved(prepare(config))
+    if experiment.model.prefix is not None:
+        experiment.model.prefix.kept = KEPT
+    return experiment
 
 
 def first_state(experiment: Experiment) -> ServerState:
@@ -143,13 +154,15 @@ def played(
 
 
 def change_grams(initial: Adapter, pairs: Sequence[tuple[Adapter, Adapter]]) -> dict[str, np.ndarray]:
-    """Inner products of what was learned in all rounds by all slots; of products and heads alone."""
+    """Inner products of what was learned in all rounds by all slots: of products, of A and of heads."""
     n = len(pairs)
-    product = []
+    product, first = [], []
     for module in lora_modules(initial):
         a, b = module + LORA_A, module + LORA_B
         change = np.stack([after[b] @ after[a] - before[b] @ before[a] for before, after in pairs]).reshape(n, -1)
         product.append((change @ change.T).astype(np.float64))
+        rows = np.stack([after[a] - before[a] for before, after in pairs]).reshape(n, -1)
+        first.append((rows @ rows.T).astype(np.float64))
     head = np.zeros((1, n, n))
     for key in head_keys(initial):
         parts = [f"{HEAD}{key}.{part}" for part in ("weight", "bias")]
@@ -162,7 +175,7 @@ def change_grams(initial: Adapter, pairs: Sequence[tuple[Adapter, Adapter]]) -> 
             ]
         )
         head[0] += rows @ rows.T
-    return {"product": np.stack(product), "head": head}
+    return {"product": np.stack(product), "a": np.stack(first), "head": head}
 
 
 if __name__ == "__main__":

@@ -275,6 +275,7 @@ def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: 
         "bytes": {way: sum(record["bytes"][way] for record in records) for way in ("up", "down")},
         "rounds": records,
         "slots": len(experiment.holdings),
+        "truth": [holding.task for holding in sorted(experiment.holdings, key=lambda holding: holding.key)],
         "git": code_state(),
         "versions": versions(),
         "hardware": hardware(torch.cuda.get_device_name(device) if device.type == "cuda" else None),

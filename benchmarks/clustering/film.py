@@ -74,21 +74,15 @@ def play(config: Config, name: str, rows: int, out: Path) -> None:
     keys = sorted(tasks)
     before = first = first_state(experiment)
     pairs: list[tuple[Adapter, Adapter]] = []
-    labels: list[list[int]] = []
 
     def watch(state: ServerState, replies: Sequence[Reply]) -> None:
         nonlocal before
         uploads = {update.key: update.adapter for reply in replies for update in reply.updates}
         pairs.extend((before.received(key), uploads[key]) for key in keys)
-        assignment = state.assignment()
-        labels.append([assignment.get(key, -1) for key in keys])
         before = state
 
     records, scored = played(experiment, first, rows, watch)
-    rounds = [
-        {"round": record["round"], "clustering": record["clustering"], "loss": record["loss"], "labels": own}
-        for record, own in zip(records, labels, strict=True)
-    ]
+    rounds = [{name: record[name] for name in ("round", "clustering", "loss", "labels")} for record in records]
     names = list(experiment.tasks)
     count = len(keys) * len(rounds)
     film = Recording(
@@ -125,7 +119,7 @@ def first_state(experiment: Experiment) -> ServerState:
 def played(
     experiment: Experiment, state: ServerState, rows: int, watch: Watch | None = None
 ) -> tuple[list[Record], dict[str, Any]]:
-    """Plays a run; its rounds with what was clustered, and the scores after the last.
+    """Plays a run; its rounds with what was clustered and each slot's cluster, and the scores after the last.
 
     Args:
         experiment: The run's parts.
@@ -140,9 +134,12 @@ def played(
     simulation = Simulation(experiment.clients, model, config, plan, initial=state.initial)
     groups = experiment.groups if config.server.clustering.rule == "given" else None
     records: list[Record] = []
+    keys = sorted(holding.key for holding in experiment.holdings)
 
     def judge(state: ServerState, report: RoundReport, _last: bool) -> Record:
-        return {"clustering": clustering_record(state, report, experiment.holdings)}
+        assignment = state.assignment()
+        labels = [assignment.get(key, -1) for key in keys]
+        return {"clustering": clustering_record(state, report, experiment.holdings), "labels": labels}
 
     def keep(_state: ServerState, record: Record) -> None:
         records.append(record)

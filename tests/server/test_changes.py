@@ -54,10 +54,10 @@ def test_memory_sums_with_decay_what_each_round_added() -> None:
     for key, held in expected.items():
         found = state.memory[key]
         body = np.concatenate([held["m"], held["n"]])
-        np.testing.assert_allclose(found["body"], body, atol=1e-4)
+        np.testing.assert_allclose(found["body"], body[None], atol=1e-4)
         name = "head.2" if key[0] == "c0" else "head.3"
         assert set(found) == {"body", name}
-        np.testing.assert_allclose(found[name], held[name], atol=1e-5)
+        np.testing.assert_allclose(found[name], held[name][None], atol=1e-5)
 
 
 def test_a_slot_without_an_update_keeps_its_memory_undecayed() -> None:

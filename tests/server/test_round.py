@@ -260,18 +260,20 @@ def test_memory_adds_what_was_learned_since_the_round_began() -> None:
     one = play(first, [reply("a", adapter(1, 2))], *settings)
     two = play(one, [reply("a", adapter(3, 4, head=5))], *settings)
     held = two.memory["a", 0]
-    np.testing.assert_allclose(held["body"], np.full(6, 1 * 2 + (3 * 4 - 1 * 2)), atol=1e-5)
+    np.testing.assert_allclose(held["body"], np.full((1, 6), 1 * 2 + (3 * 4 - 1 * 2)), atol=1e-5)
     head = (5.0 - first.initial["head.2.weight"]).ravel()
-    np.testing.assert_allclose(held["head.2"], [*head, 0.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(held["head.2"], [[*head, 0.0, 0.0]], atol=1e-6)
     assert play(first, [reply("a", adapter(1, 2))], *KMEANS).memory == {}
 
 
-def test_memory_of_a_adds_the_changes_of_a_alone() -> None:
-    """From v0 to 1, then from the cluster's mean 1 to 3: together 3 less v0; B plays no part."""
+def test_memory_of_a_holds_the_changes_of_a_alone() -> None:
+    """From v0 to 1, then from the cluster's mean 1 to 3: both changes, whatever their sign; B plays no part."""
     first = state("a")
     one = play(first, [reply("a", adapter(1, 2))], "method=fltac", "server.clustering.k=1")
     two = play(one, [reply("a", adapter(3, 4))], "method=fltac", "server.clustering.k=1")
-    np.testing.assert_allclose(two.memory["a", 0]["body"], 3 - first.initial["m.lora_A"].ravel(), atol=1e-6)
+    rows = np.stack([1 - first.initial["m.lora_A"].ravel(), np.full(3, 2.0)])
+    held = two.memory["a", 0]["body"]
+    np.testing.assert_allclose(held.T @ held, rows.T @ rows, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"heads": {}}, {"rule": "ffa"}, {"rule": "rolora"}])
@@ -282,7 +284,7 @@ def test_without_heads_or_with_a_fixed_a_products_are_compared(change: dict[str,
     if "rule" in change:
         del body["m.lora_A"]
     one = play(first, [reply("a", body)], "method=fltac", "server.clustering.k=1", rule)
-    assert len(one.memory["a", 0]["body"]) == 2 * 3, "as many numbers as the product has"
+    assert one.memory["a", 0]["body"].shape == (1, 2 * 3), "as many numbers as the product has"
 
 
 def test_slots_that_were_not_asked_are_regrouped_by_what_they_learned() -> None:

@@ -1,9 +1,10 @@
-"""What each slot has learned since each of its rounds began, summed over the rounds, as sketches of fixed size.
+"""What each slot has learned since each of its rounds began, all rounds together, as sketches of fixed size.
 
 Of each adapted matrix the change of the product ``B A``, or that of A alone (``server.clustering.features``). In
 ``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all of them one after the other, and
-``head.<key>`` for each head that it ever sent. Since sketches are linear, adding a round is adding numbers.
-Beside them lies its ``profile``, if it has sent one.
+``head.<key>`` for each head that it ever sent, both ``[directions, width]``. Products are summed: since sketches are
+linear, that is adding numbers. Of changes of A, which are compared without their sign, the leading directions are kept
+(``server.directions``). Beside them lies its ``profile``, if it has sent one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from fltac.records import (
     is_head,
     lora_modules,
 )
+from fltac.server.directions import DIRECTIONS, added
 from fltac.server.sketch import ProductSketch, VectorSketch
 
 BODY, PROFILE = "body", "profile"
@@ -55,7 +57,7 @@ class Vectors:
 
     Attributes:
         rows: int64 ``[m]``: the slots, as indices, that ever sent such a thing; sorted.
-        values: float32 ``[m, width]``.
+        values: float32 ``[m, directions, width]``; of a profile there is one.
     """
 
     rows: NDArray[np.int64]
@@ -68,8 +70,8 @@ class Changes:
 
     Attributes:
         keys: The slots, sorted.
-        body: float32 ``[n, sum of widths]``.
-        modules: For each adapted matrix its columns of ``body``.
+        body: float32 ``[n, directions, sum of widths]``.
+        modules: For each adapted matrix its place along the last axis of ``body``.
         heads: By head key.
         profiles: Of the rows that the slots train on, where they were asked for.
         of_a: Whether ``body`` holds changes of A alone.
@@ -104,7 +106,7 @@ class Changes:
                 by_slot[row][HEAD + key] = values
         if self.profiles is not None:
             for row, values in zip(self.profiles.rows, self.profiles.values, strict=True):
-                by_slot[row][PROFILE] = values
+                by_slot[row][PROFILE] = values[0]
         return dict(zip(self.keys, by_slot, strict=True))
 
 
@@ -120,7 +122,7 @@ def width_of(state: ServerState, of_a: bool = False) -> int:
         initial[name + LORA_A].size if of_a else len(initial[name + LORA_B]) * initial[name + LORA_A].shape[1]
         for name in lora_modules(initial)
     ]
-    held = {name: len(values) for tensors in state.memory.values() for name, values in tensors.items()}
+    held = {name: values.shape[-1] for tensors in state.memory.values() for name, values in tensors.items()}
 
     def made(width: int) -> bool:
         heads = {
@@ -155,13 +157,14 @@ def remember(
     width = width_of(state, of_a)
     index = {key: row for row, key in enumerate(sorted(state.memory.keys() | {update.key for update in updates}))}
     sketches = _sketches(state.initial, width, seed, of_a)
-    body, modules = _body(state, updates, began, index, decay, sketches)
+    body, modules = _body(state, updates, began, index, decay, sketches, of_a)
     held = {name[len(HEAD) :] for tensors in state.memory.values() for name in tensors if is_head(name)}
     sent = {
         key for key in head_keys(state.initial) if any(f"{HEAD}{key}.weight" in update.adapter for update in updates)
     }
     heads = {
-        key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed) for key in sorted(held | sent)
+        key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed, of_a)
+        for key in sorted(held | sent)
     }
     return Changes(tuple(index), body, modules, heads, _profiles(state, updates, index), of_a)
 
@@ -173,7 +176,7 @@ def _profiles(state: ServerState, updates: Sequence[Update], index: Mapping[Slot
     if not found:
         return None
     slots = sorted(found)
-    return Vectors(np.array([index[slot] for slot in slots]), np.stack([found[slot] for slot in slots]))
+    return Vectors(np.array([index[slot] for slot in slots]), np.stack([found[slot] for slot in slots])[:, None])
 
 
 def _sketches(initial: Adapter, width: int, seed: int, of_a: bool) -> dict[str, ProductSketch | VectorSketch]:
@@ -195,6 +198,7 @@ def _body(
     index: Mapping[SlotKey, int],
     decay: float,
     sketches: Mapping[str, ProductSketch | VectorSketch],
+    of_a: bool,
 ) -> tuple[FloatArray, tuple[slice, ...]]:
     """The sketches of all adapted matrices, and each one's columns."""
     initial = state.initial
@@ -210,7 +214,7 @@ def _body(
         ),
         default=1,
     )
-    body = np.zeros((len(index), end), dtype=np.float32)
+    body = np.zeros((len(index), _directions(of_a), end), dtype=np.float32)
     updated = {update.key for update in updates}
     for key, held in state.memory.items():
         np.multiply(held[BODY], decay if key in updated else 1.0, out=body[index[key]])
@@ -223,11 +227,21 @@ def _body(
 
     for part in parts:
         base = began[part[0].key]
-        change = np.empty((len(part), end), dtype=np.float32)
+        rows = [index[update.key] for update in part]
+        own = body[rows]
         for module, sketch in sketches.items():
-            change[:, columns[module]] = _matrix_changes(part, base, module, sketch)
-        body[[index[update.key] for update in part]] += change
+            matrix = own[:, :, columns[module]]
+            matrix[:] = _together(matrix, _matrix_changes(part, base, module, sketch), of_a)
+        body[rows] = own
     return body, tuple(columns.values())
+
+
+def _directions(of_a: bool) -> int:
+    return DIRECTIONS if of_a else 1
+
+
+def _together(held: FloatArray, changes: FloatArray, of_a: bool) -> FloatArray:
+    return added(held, changes) if of_a else held + changes[:, None]
 
 
 def _matrix_changes(
@@ -252,6 +266,7 @@ def _heads(
     decay: float,
     width: int,
     seed: int,
+    of_a: bool,
 ) -> Vectors:
     """The sketches of the heads of one key."""
     name, parts = HEAD + key, (HEAD + key + ".weight", HEAD + key + ".bias")
@@ -261,7 +276,7 @@ def _heads(
     place = {slot: row for row, slot in enumerate(slots)}
     size = sum(state.initial[part].size for part in parts)
     sketch = VectorSketch.draw(seed, name, size, width)
-    values = np.zeros((len(slots), sketch.width), dtype=np.float32)
+    values = np.zeros((len(slots), _directions(of_a), sketch.width), dtype=np.float32)
     for slot in slots:
         if name in state.memory.get(slot, {}):
             np.multiply(state.memory[slot][name], decay if slot in updated else 1.0, out=values[place[slot]])
@@ -273,5 +288,6 @@ def _heads(
             base = began[update.key]
             change = [update.adapter[part] - base.get(part, state.initial[part]) for part in parts]
             np.concatenate([tensor.ravel() for tensor in change], out=row)
-        values[[place[update.key] for update in sent[start : start + step]]] += sketch(block)
+        rows = [place[update.key] for update in sent[start : start + step]]
+        values[rows] = _together(values[rows], sketch(block), of_a)
     return Vectors(np.array([index[slot] for slot in slots], dtype=np.int64), values)

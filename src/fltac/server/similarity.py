@@ -5,9 +5,10 @@ that of the clients' profiles where they send some, less what all have in common
 added, so that no loud layer decides alone, and the common factor alpha / r cancels. All is compared through sketches
 (``server.sketch``). Two kinds (``server.clustering.features``):
 
-``a``: of the change of A, and half as much of the heads, both without their sign. A's change says which inputs a task
-reads. B's and the head's say where they push the output to, and a client whose labels are skewed pushes all its tasks
-one way, another client the other way: the sign is loud and says nothing of the task.
+``a``: of the change of A, and half as much of the heads, both without their sign, between slots as from round to round
+(``server.directions``). A's change says which inputs a task reads. B's and the head's say where they push the output
+to, and a client whose labels are skewed pushes all its tasks one way, another client the other way: the sign is loud
+and says nothing of the task.
 
 ``products``: of the change of the product ``B A``, with its sign. It does not change under ``A -> R A, B -> B R^-1``.
 """
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from fltac.records import Adapter, FloatArray, is_head
 from fltac.seeding import generator
 from fltac.server.changes import BLOCK, Changes, Vectors
+from fltac.server.directions import squared_agreement, squared_lengths
 from fltac.server.sketch import VectorSketch
 
 Matrix = NDArray[np.float64]
@@ -104,34 +106,33 @@ class Features:
         heads = list(changes.heads.values()) if head else []
         self._scales = np.empty((n, len(modules)), dtype=np.float32)
         for module, columns in enumerate(modules):
-            self._scales[:, module] = _scale(_squares(changes.body[:, columns]), 1.0 / len(modules))
+            own = Vectors(np.arange(n), changes.body[:, :, columns])
+            self._scales[:, module] = _scale(_squares([own], n, changes.of_a), 1.0 / len(modules))
         self._widths = [columns.stop - columns.start for columns in modules]
-        squares = np.zeros(n)
-        for own in heads:
-            squares[own.rows] += _squares(own.values)
-        scale = _scale(squares, HEAD_OF_A if changes.of_a else 1.0)
+        scale = _scale(_squares(heads, n, changes.of_a), HEAD_OF_A if changes.of_a else 1.0)
         # What is compared besides the body: vectors, and for each of their rows what makes it one of the kernel's.
         self._heads = [(own, scale[own.rows]) for own in heads]
         self._profiles: list[tuple[Vectors, FloatArray]] = []
         if changes.profiles is not None:
             centred = _centred(changes.profiles)
-            self._profiles.append((centred, _scale(_squares(centred.values), profile_weight)))
-        self.shape = (n, changes.body.shape[1] + sum(own.values.shape[1] for own, _ in self._others))
+            squares = _squares([centred], n, unsigned=False)[centred.rows]
+            self._profiles.append((centred, _scale(squares, profile_weight)))
+        self.shape = (n, changes.body.shape[-1] + sum(own.values.shape[-1] for own, _ in self._others))
 
     @property
     def _others(self) -> list[tuple[Vectors, FloatArray]]:
         return [*self._heads, *self._profiles]
 
     def block(self, start: int, stop: int) -> FloatArray:
-        """Rows of a range: float32 ``[stop - start, width]``."""
+        """Rows of a range, of products: float32 ``[stop - start, width]``."""
         out = np.zeros((stop - start, self.shape[1]), dtype=np.float32)
-        end = self._changes.body.shape[1]
+        end = self._changes.body.shape[-1]
         scales = np.repeat(self._scales[start:stop], self._widths, axis=1)
-        np.multiply(self._changes.body[start:stop], scales, out=out[:, :end])
+        np.multiply(self._changes.body[start:stop, 0], scales, out=out[:, :end])
         for own, scale in self._others:
-            begin, end = end, end + own.values.shape[1]
+            begin, end = end, end + own.values.shape[-1]
             part = slice(*np.searchsorted(own.rows, (start, stop)))
-            out[own.rows[part] - start, begin:end] = own.values[part] * scale[part, None]
+            out[own.rows[part] - start, begin:end] = own.values[part, 0] * scale[part, None]
         return out
 
     def between(self, rows: Rows, columns: Rows) -> Matrix:
@@ -139,15 +140,12 @@ class Features:
 
         Matrix by matrix, so that nothing of the size of all rows is made.
         """
-        unsigned = self._changes.of_a
+        unsigned, every = self._changes.of_a, np.arange(self.shape[0])
         total = np.zeros((len(rows), len(columns)))
         for scale, part in zip(self._scales.T, self._changes.modules, strict=True):
-            values = self._changes.body[:, part]
-            inner = (values[rows] @ values[columns].T) * np.outer(scale[rows], scale[columns])
-            total += np.abs(inner) if unsigned else inner
-        heads = _inner(self._heads, rows, columns)
-        total += np.abs(heads) if unsigned else heads
-        return total + _inner(self._profiles, rows, columns)
+            total += _inner([(Vectors(every, self._changes.body[:, :, part]), scale)], rows, columns, unsigned)
+        total += _inner(self._heads, rows, columns, unsigned)
+        return total + _inner(self._profiles, rows, columns, unsigned=False)
 
     def gram(self) -> Matrix:
         """The kernel of all slots: float64 ``[n, n]``."""
@@ -162,16 +160,17 @@ class Features:
             yield slice(start, stop), self.block(start, stop)
 
 
-def _inner(parts: Sequence[tuple[Vectors, FloatArray]], rows: Rows, columns: Rows) -> Matrix:
-    """The sum of the inner products of what some slots have, each row times its scale."""
+def _inner(parts: Sequence[tuple[Vectors, FloatArray]], rows: Rows, columns: Rows, unsigned: bool) -> Matrix:
+    """Inner products of what some slots have, each row times its scale; without signs, of second moments, rooted."""
     total = np.zeros((len(rows), len(columns)))
     for own, scale in parts:
         (left, left_place), (right, right_place) = (
             np.intersect1d(own.rows, wanted, assume_unique=True, return_indices=True)[1:] for wanted in (rows, columns)
         )
-        inner = (own.values[left] * scale[left, None]) @ (own.values[right] * scale[right, None]).T
+        first, second = (own.values[some] * scale[some, None, None] for some in (left, right))
+        inner = squared_agreement(first, second) if unsigned else first[:, 0] @ second[:, 0].T
         total[np.ix_(left_place, right_place)] += inner
-    return total
+    return np.sqrt(total) if unsigned else total
 
 
 def _centred(profiles: Vectors) -> Vectors:
@@ -179,8 +178,13 @@ def _centred(profiles: Vectors) -> Vectors:
     return Vectors(profiles.rows, profiles.values - profiles.values.mean(axis=0))
 
 
-def _squares(values: FloatArray) -> Matrix:
-    return np.asarray(np.einsum("nw,nw->n", values, values, dtype=np.float64))
+def _squares(parts: Sequence[Vectors], n: int, unsigned: bool) -> Matrix:
+    """What :func:`_inner` has for each of n slots with itself, without scales: float64 ``[n]``."""
+    total = np.zeros(n)
+    for own in parts:
+        first = own.values[:, 0]
+        total[own.rows] += squared_lengths(own.values) if unsigned else np.einsum("nw,nw->n", first, first)
+    return np.sqrt(total) if unsigned else total
 
 
 def _scale(squares: Matrix, weight: float) -> FloatArray:

@@ -118,3 +118,18 @@ def test_one_round_is_compared_by_absolute_cosines() -> None:
     adapters = [adapter_of(draw) for _ in range(N)]
     expected = exact_kernel_of_a([changes_of_a(initial, item) for item in adapters], True)
     np.testing.assert_allclose(kernel(remembered([adapters], initial), True), expected, atol=1e-5)
+
+
+def test_memory_is_the_weight_of_earlier_second_moments() -> None:
+    draw = np.random.default_rng(7)
+    first, second = adapter_of(draw), adapter_of(draw)
+    zero = {name: np.zeros_like(tensor) for name, tensor in first.items()}
+    state, updates = ServerState(0, zero, ("a",)), [update("a", 0, first)]
+    began = {("a", 0): zero}
+    one = remember(state, updates, began, 0.25, 0, of_a=True)
+    two = remember(
+        ServerState(1, zero, ("a",), memory=one.memory()), [update("a", 0, second)], began, 0.25, 0, of_a=True
+    )
+    before, after = (item["m.lora_A"].reshape(1, -1) for item in (first, second))
+    found = moment(two.memory()["a", 0]["body"][:, : before.size])
+    np.testing.assert_allclose(found, 0.25 * moment(before) + moment(after), atol=1e-5)

@@ -30,13 +30,16 @@ class ClusteringConfig(Section):
     of the head's, so that clients whose labels are skewed are not told apart by it; ``products``: the change of the
     product B A, with its sign, and as much of the head's; ``auto``: ``a``, but ``products`` where nothing has a head
     (language models) or A is not trained in all rounds (``ffa``, ``rolora``)."""
+    extra_eigenvectors: Annotated[int, Field(ge=0)] = 0
+    """``spectral``: so many beyond the K leading ones are clustered in, too."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
     """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
     loss; the other rules do not look at it."""
     memory: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added."""
+    """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added: of the
+    second moments of changes of A, of the sum of changes of products."""
     starts: Positive = 20
     """Number of seeded starts of K-means; the best objective wins."""
     hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0

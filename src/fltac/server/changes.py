@@ -155,6 +155,8 @@ def remember(
         of_a: Of each adapted matrix the change of A alone, the same in all rounds.
     """
     width = width_of(state, of_a)
+    if of_a:
+        decay **= 0.5  # of directions, so that second moments have the weight itself
     index = {key: row for row, key in enumerate(sorted(state.memory.keys() | {update.key for update in updates}))}
     sketches = _sketches(state.initial, width, seed, of_a)
     body, modules = _body(state, updates, began, index, decay, sketches, of_a)

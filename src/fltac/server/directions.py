@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fltac.records import FloatArray
 
-DIRECTIONS = 2
-"""Kept of each matrix: with two, groups replayed on four to five rounds are as right as with all."""
+DIRECTIONS = 3
+"""Kept of each matrix: with three, groups replayed on five rounds are as right as with all."""
 
 
 def added(held: FloatArray, changes: FloatArray) -> FloatArray:

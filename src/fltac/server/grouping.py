@@ -88,7 +88,7 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
             k, residuals = choice.k, choice.residuals
         if not profiled:
             changes = replace(changes, profiles=None)
-    points = embedding(changes, rule.head, k, seed, rule.profile_weight)
+    points = embedding(changes, rule.head, k + rule.extra_eigenvectors, seed, rule.profile_weight)
     found = _grouped(changes.keys, points, k, evidence, settings)
     return replace(found, residuals=residuals, profiled=profiled)
 

@@ -1,8 +1,11 @@
 """Ways to put the rounds of a film together, replayed: what the default rule would have grouped after each round.
 
-Exact for the rule that was played (the sum), an indication for the others, since later uploads depend on what was sent.
+Exact for the rule that was played, an indication for the others, since later uploads depend on what was sent. Films
+that keep what A learned are put together as changes of A are compared, without their sign; others as products are.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +15,94 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.server.clustering import Points, group, keep_or_move
-from fltac.server.similarity import leading
+from fltac.server.similarity import HEAD_OF_A, leading
 
-WAYS = ("sum", "scaled", "mean", "last", "agreeing")
-"""Changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone; summed, with
-matrices weighted by how well they agree."""
 DRAWS = 4
 HYSTERESES = (0.0, 0.02, 0.05, 0.1, 0.2)
+Joined = Callable[[Gram], Gram]
+"""From inner products of some rounds ``[rounds, n, rounds, n]`` to the similarity of slots ``[n, n]``."""
 
 
-def kernel_of(gram: Gram, rounds: int, upto: int, way: str) -> Gram:
-    """Cosines of slots ``[n, n]`` after some rounds, from inner products ``[rounds * n, rounds * n]``."""
-    n = len(gram) // rounds
-    parts = gram.reshape(rounds, n, rounds, n)[:upto, :, :upto, :]
-    own = np.arange(upto)
-    if way == "last":
-        return cosine(parts[-1, :, -1, :])
-    if way == "mean":
-        return np.asarray(np.mean([cosine(parts[t, :, t, :]) for t in own], axis=0))
-    if way == "scaled":
-        lengths = np.sqrt(np.einsum("titi->ti", parts))
-        scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-        return cosine(np.einsum("ti,tisj,sj->ij", scale, parts, scale))
+def summed(parts: Gram) -> Gram:
+    """The cosine of the sums of all changes."""
     return cosine(parts.sum(axis=(0, 2)))
+
+
+def scaled(parts: Gram) -> Gram:
+    """The same of changes that are scaled to length 1 first."""
+    lengths = np.sqrt(np.einsum("titi->ti", parts))
+    scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    return cosine(np.einsum("ti,tisj,sj->ij", scale, parts, scale))
+
+
+def mean(parts: Gram, unsigned: bool = False) -> Gram:
+    """The mean of the rounds' cosines."""
+    each = [cosine(parts[number, :, number, :]) for number in range(len(parts))]
+    return np.asarray(np.mean(np.abs(each) if unsigned else each, axis=0))
+
+
+def last(parts: Gram) -> Gram:
+    """Of the last round's changes alone."""
+    return cosine(parts[-1, :, -1, :])
+
+
+def moments(parts: Gram, kept: int | None = None) -> Gram:
+    """The cosine of second moments, rooted; of so many leading directions, added round by round, or of all."""
+    rounds, n = parts.shape[:2]
+    kept = kept or rounds
+    turns = np.zeros((n, kept, rounds))  # a slot's directions in terms of its rounds' changes
+    for slot, own in enumerate(np.einsum("tisi->its", parts)):
+        held = np.zeros((0, rounds))
+        for number in range(rounds):
+            held = np.concatenate([held, np.eye(rounds)[number, None]])
+            if len(held) > kept:
+                held = np.linalg.eigh(held @ own @ held.T)[1].T[:0:-1] @ held
+        turns[slot, : len(held)] = held
+    inner = np.einsum("irt,tisj,jzs->irjz", turns, parts, turns, optimize=True)
+    squared = np.einsum("irjz,irjz->ij", inner, inner)
+    return np.asarray(np.sqrt(cosine(squared)))
+
+
+WAYS: dict[str, Joined] = {"sum": summed, "scaled": scaled, "mean": mean, "last": last, "agreeing": summed}
+"""Of products: changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone;
+summed, with matrices weighted by how well they agree."""
+WAYS_OF_A: dict[str, Joined] = {
+    "sum": lambda parts: np.abs(summed(parts)),
+    "mean": partial(mean, unsigned=True),
+    "last": lambda parts: np.abs(last(parts)),
+    "1 direction": partial(moments, kept=1),
+    "2 directions": partial(moments, kept=2),
+    "3 directions": partial(moments, kept=3),
+    "second moments": moments,
+    "3 directions, K + 2": partial(moments, kept=3),
+}
+"""Of changes of A, without their sign: summed; the mean of the rounds' kernels; the last round's alone; their second
+moments, of which so many leading directions are kept, or all."""
+
+
+def ways_of(film: Recording) -> dict[str, Joined]:
+    return WAYS_OF_A if "a" in film.grams else WAYS
+
+
+def kernel_after(film: Recording, rounds: int, upto: int, way: str | None = None) -> Gram:
+    """The kernel after some rounds, by default as the server makes it: ``[n, n]``."""
+    way = way or ("3 directions" if "a" in film.grams else "sum")
+    joined, n = ways_of(film)[way], len(film.truth) // rounds
+
+    def after(gram: Gram) -> Gram:
+        return joined(gram.reshape(rounds, n, rounds, n)[:upto, :, :upto, :])
+
+    head = after(film.grams["head"].sum(0))
+    if "a" in film.grams:
+        return np.asarray(np.mean([after(gram) for gram in film.grams["a"]], axis=0) + HEAD_OF_A * head)
+    each = np.stack([after(gram) for gram in film.grams["product"]])
+    return (agreeing(each, head) if way == "agreeing" else np.asarray(each.mean(axis=0))) + head
+
+
+def points_of(film: Recording, rounds: int, upto: int, k: int, way: str | None = None) -> Points:
+    """What is clustered after some rounds: ``[n, k]``, or two more where the way says so."""
+    extra = 2 if way is not None and way.endswith("K + 2") else 0
+    return leading(kernel_after(film, rounds, upto, way), k + extra)
 
 
 def replayed(path: Path, rounds: int) -> dict[str, list[float]]:
@@ -49,24 +117,12 @@ def replayed(path: Path, rounds: int) -> dict[str, list[float]]:
     truth, owners = film.truth[:n], film.clients[:n]
     k = len(set(truth.tolist()))
     out: dict[str, list[float]] = {}
-    for way in WAYS:
+    for way in ways_of(film):
         for upto in range(1, rounds + 1):
-            points = points_of(film, rounds, upto, way, k)
+            points = points_of(film, rounds, upto, k, way)
             aris = [adjusted_rand_score(truth, group(points, k, owners, 20, draw)) for draw in range(DRAWS)]
             out.setdefault(way, []).append(float(np.mean(aris)))
     return out
-
-
-def points_of(film: Recording, rounds: int, upto: int, way: str, k: int) -> Points:
-    """What is clustered after some rounds: ``[n, k]``."""
-    return leading(kernel_after(film, rounds, upto, way), k)
-
-
-def kernel_after(film: Recording, rounds: int, upto: int, way: str) -> Gram:
-    """The default kernel after some rounds, ``[n, n]``."""
-    each = np.stack([kernel_of(gram, rounds, upto, way) for gram in film.grams["product"]])
-    head = kernel_of(film.grams["head"].sum(0), rounds, upto, way)
-    return (agreeing(each, head) if way == "agreeing" else np.asarray(each.mean(axis=0))) + head
 
 
 def kept(path: Path, rounds: int, share: float) -> tuple[list[float], int]:
@@ -83,7 +139,7 @@ def kept(path: Path, rounds: int, share: float) -> tuple[list[float], int]:
     k = len(set(truth.tolist()))
     aris, moved, before = [], 0, np.full(n, -1)
     for upto in range(1, rounds + 1):
-        points = points_of(film, rounds, upto, "sum", k)
+        points = points_of(film, rounds, upto, k)
         labels = group(points, k, owners, 20, upto)
         if share:
             labels = keep_or_move(points, before, labels, owners, share)

@@ -107,7 +107,7 @@ def by_weight(path: Path, points: NDArray[np.float64], noise: float, seed: int) 
     k = len(set(truth.tolist()))
     found: dict[str, list[float]] = {f"{weight:g}": [] for weight in WEIGHTS}
     for upto in range(1, rounds + 1):
-        learned = kernel_after(film, rounds, upto, "sum")
+        learned = kernel_after(film, rounds, upto)
         for weight in WEIGHTS:
             aris = []
             for draw in range(DRAWS):

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 import numpy as np
-from accumulate import HYSTERESES, WAYS, kept, replayed
-from film import FILMS
 from profiles import FILMED, WEIGHT, WEIGHTS
 from profiles import OUT as PROFILES
 from record import FOLDER
 from replay import DRAWS, Found, load
+from report_films import film_tables
 from rules import RULES
 from uploads import CLEAR
 
@@ -213,34 +212,7 @@ def main() -> int:
         "",
         *uploads_table(found),
     ]
-    lines += [
-        "",
-        "## Whole runs",
-        "",
-        "Films are of runs that compared products, and so is all that is replayed on them below, and the quickstart's.",
-        "",
-        "| film | ARI by round | mean score at the end | rows of a task |",
-        "|---|---|---|---|",
-    ]
-    for path in sorted(FILMS.glob("*.json")):
-        film = json.loads(path.read_text(encoding="utf-8"))
-        aris = " ".join(f"{number['clustering']['ari']:.2f}" for number in film["rounds"])
-        rows = max(task["n_eval"] for task in film["tasks"].values())
-        lines.append(f"| {path.stem} | {aris} | {film['mean_score']:.3f} | {rows} |")
-    lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round", ""]
-    lines += [f"| film | {' | '.join(WAYS)} |", "|---" * (len(WAYS) + 1) + "|"]
-    for path in sorted(FILMS.glob("*.json")):
-        film = json.loads(path.read_text(encoding="utf-8"))
-        ways = replayed(path.with_suffix(".safetensors"), len(film["rounds"]))
-        cells = [" ".join(f"{ari:.2f}" for ari in ways[way]) for way in WAYS]
-        lines.append(f"| {path.stem} | {' | '.join(cells)} |")
-    lines += ["", "## Hysteresis, replayed on these films: ARI by round (slots that changed their group, in all)", ""]
-    lines += [f"| film | {' | '.join(f'{share:g}' for share in HYSTERESES)} |", "|---" * (len(HYSTERESES) + 1) + "|"]
-    for path in sorted(FILMS.glob("*.json")):
-        film = json.loads(path.read_text(encoding="utf-8"))
-        runs = [kept(path.with_suffix(".safetensors"), len(film["rounds"]), share) for share in HYSTERESES]
-        cells = [f"{' '.join(f'{ari:.2f}' for ari in aris)} ({moved})" for aris, moved in runs]
-        lines.append(f"| {path.stem} | {' | '.join(cells)} |")
+    lines += film_tables()
     lines += profile_tables()
     lines += quickstart_table()
     write_atomic(OUT, ("\n".join(lines) + "\n").encode())

@@ -43,9 +43,15 @@ def squared_agreement(left: FloatArray, right: FloatArray) -> NDArray[np.float64
     Returns:
         float64 ``[n, m]``.
     """
+    left, right = _used(left), _used(right)
     inner = left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T
-    each = inner.astype(np.float64).reshape(len(left), left.shape[1], len(right), right.shape[1])
-    return np.asarray(np.einsum("itjs,itjs->ij", each, each))
+    each = inner.reshape(len(left), left.shape[1], len(right), right.shape[1])
+    return np.asarray(np.einsum("itjs,itjs->ij", each, each, dtype=np.float64))
+
+
+def _used(rows: FloatArray) -> FloatArray:
+    """Without directions that no slot has yet: the first round has one."""
+    return rows[:, rows.any(axis=(0, 2))]
 
 
 def squared_lengths(rows: FloatArray) -> NDArray[np.float64]:

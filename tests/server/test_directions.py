@@ -133,3 +133,13 @@ def test_memory_is_the_weight_of_earlier_second_moments() -> None:
     before, after = (item["m.lora_A"].reshape(1, -1) for item in (first, second))
     found = moment(two.memory()["a", 0]["body"][:, : before.size])
     np.testing.assert_allclose(found, 0.25 * moment(before) + moment(after), atol=1e-5)
+
+
+def test_unrelated_slots_seem_alike_by_little_more_than_after_one_round() -> None:
+    """Rows as sketches of unrelated long changes are: with all directions of equal length sqrt(3 / width)."""
+    width, slots = 512, 40
+    rows = rows_of(np.random.default_rng(8), slots, DIRECTIONS, width)
+    lengths = squared_lengths(rows) ** 0.5
+    alike = np.sqrt(squared_agreement(rows, rows) / np.outer(lengths, lengths))[np.triu_indices(slots, 1)]
+    once = (2 / np.pi / width) ** 0.5
+    assert 2 * once < alike.mean() < 2.2 * once

@@ -78,7 +78,10 @@ COMMON = ["federation.rounds=5", "training.steps=50", "training.threads=1"]
 LIGHTER = ["lora.layers=[4,5]", "training.batch_size=4", "training.prefix_cache=16384"]
 BASELINES = ("local", "fedit", "fltac-paper", "fltac-products")
 GROUPINGS = ("ifca", "cfl", "fedlease")
-SHARED = ("ffa-lora", "rolora", "fedsa-lora", "flexlora", "flora", "fedex-lora", "fedprox", "fedavgm", "fedadam")
+SHARED = (
+    *("ffa-lora", "rolora", "fedsa-lora", "hetlora", "flexlora", "flora", "fedex-lora"),
+    *("fedprox", "fedavgm", "fedadam"),
+)
 """Published rules that have one adapter for all tasks, as FedIT has."""
 PUBLISHED = BASELINES + GROUPINGS + SHARED
 GLUE = "Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (of methods with one adapter: 5) in "
@@ -104,6 +107,9 @@ BY_LOSS = [
     "server.clustering.assignment_loss=balanced",
     "server.clustering.held_back=0.1",
 ]
+
+MIXED = "lora.ranks={client-0: 2, client-2: 2, client-4: 4, client-6: 4}"
+"""Half of the digits' clients train a smaller rank than 8, for the rules that can average these."""
 
 VARIANTS: dict[str, list[str]] = {
     "": [],
@@ -134,6 +140,7 @@ METHODS: dict[str, list[str]] = {
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],
+    **{f"{name}+ranks": [f"method={name}", MIXED] for name in ("hetlora", "flexlora", "flora")},
     **{name: [f"method={name}"] for name in GROUPINGS + SHARED},
 }
 """Name in the table to settings."""
@@ -160,8 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
-    others = (*GROUPINGS, *SHARED, *(f"fltac-products{name}" for name in VARIANTS if name))
-    usual = [name for name in METHODS if name in size.chosen or name not in others]
+    others = (*(f"{name}+ranks" for name in SHARED), *(f"fltac-products{name}" for name in VARIANTS if name))
+    usual = [name for name in METHODS if name in size.chosen or name not in (*GROUPINGS, *SHARED, *others)]
     methods = args.methods or usual
     jobs: list[Job] = []
     if args.what == "rates":
@@ -244,7 +251,7 @@ def rate_of(method: str, size: Size) -> list[str]:
 
 def settings_of(method: str, size: Size) -> list[str]:
     """What a method changes, in runs of a size."""
-    return METHODS[method] + (size.wide if method in SHARED else [])
+    return METHODS[method] + (size.wide if method.partition("+")[0] in SHARED else [])
 
 
 def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: list[str]) -> None:

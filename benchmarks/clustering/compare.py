@@ -125,7 +125,7 @@ VARIANTS: dict[str, list[str]] = {
     "+loss": BY_LOSS,
     "+single": ["server.clustering.rule=single"],
     "+hysteresis": ["server.clustering.hysteresis=0.1"],
-    "+2": ["server.clustering.extra_eigenvectors=2"],
+    "+0": ["server.clustering.extra_eigenvectors=0"],
     "+halved": ["server.clustering.memory=0.5"],
 }
 """Of ``fltac``."""

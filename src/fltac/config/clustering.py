@@ -30,8 +30,9 @@ class ClusteringConfig(Section):
     of the head's, so that clients whose labels are skewed are not told apart by it; ``products``: the change of the
     product B A, with its sign, and as much of the head's; ``auto``: ``a``, but ``products`` where nothing has a head
     (language models) or A is not trained in all rounds (``ffa``, ``rolora``)."""
-    extra_eigenvectors: Annotated[int, Field(ge=0)] = 0
-    """``spectral``: so many beyond the K leading ones are clustered in, too."""
+    extra_eigenvectors: Annotated[int, Field(ge=0)] | None = None
+    """``spectral``: so many beyond the K leading ones are clustered in, too; default: 2 where changes of A are
+    compared, none with products."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True

@@ -16,6 +16,8 @@ from fltac.server.similarity import WHOLE, distance_sketches, embedding, leading
 
 CHOOSING_STARTS = 5
 """Of K-means, for each K that is tried."""
+EXTRA_OF_A = 2
+"""Eigenvectors beyond K where changes of A are compared."""
 HARM = 0.1
 """Profiles count unless what adapters say is predicted worse by more than this share in the groups found with them."""
 
@@ -77,7 +79,7 @@ def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
 
 
 def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """K-means over the top-K eigenvectors of the kernel of all that each slot has learned; all known slots."""
+    """K-means over the leading eigenvectors of the kernel of all that each slot has learned; all known slots."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
     changes, rule = evidence.changes, settings.clustering
     seed = derive(settings.seed, "embedding", evidence.round_number)
@@ -88,7 +90,10 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
             k, residuals = choice.k, choice.residuals
         if not profiled:
             changes = replace(changes, profiles=None)
-    points = embedding(changes, rule.head, k + rule.extra_eigenvectors, seed, rule.profile_weight)
+    extra = rule.extra_eigenvectors
+    if extra is None:
+        extra = EXTRA_OF_A if changes.of_a else 0
+    points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight)
     found = _grouped(changes.keys, points, k, evidence, settings)
     return replace(found, residuals=residuals, profiled=profiled)
 

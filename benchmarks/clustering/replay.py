@@ -59,7 +59,8 @@ def main() -> int:
         for (path, rules, _), result in zip(jobs, pool.map(replayed, *zip(*jobs, strict=True)), strict=True):
             own = found.setdefault(path.stem, {"rules": {}})
             own |= {name: value for name, value in result.items() if name != "rules"}
-            own["rules"] |= result["rules"]
+            known = own["rules"] | result["rules"]
+            own["rules"] = {rule: known[rule] for rule in RULES if rule in known}
             print(path.stem, f"{len(rules)} rules", file=sys.stderr, flush=True)
             save(found)
     for path in paths:

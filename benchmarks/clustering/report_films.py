@@ -14,13 +14,14 @@ from recording import Recording
 def film_tables() -> list[str]:
     """Lines for all films, sorted by name."""
     films = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FILMS.glob("*.json"))}
+    replayable = {path: film for path, film in films.items() if tensors(path).exists()}
     lines = [
         "",
         "## Whole runs",
         "",
         "`fltac`: runs that compared products; `fltac-a`: changes of A, summed; `fltac-moments`: second moments of "
-        "changes of A; `+2`: K + 2 eigenvectors. `small`: LoRA in two of six layers and batches of 4, as in the small "
-        "comparison.",
+        "changes of A, K eigenvectors; `fltac-moments+2`: K + 2, the default. `small`: LoRA in two of six layers and "
+        "batches of 4, as in the small comparison. Of second moments the uploads were not kept.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",
         "|---|---|---|---|",
@@ -31,11 +32,11 @@ def film_tables() -> list[str]:
         lines.append(f"| {path.stem} | {aris} | {film['mean_score']:.3f} | {rows} |")
     lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round"]
     for ways, about in ((WAYS, "products"), (WAYS_OF_A, "changes of A, without their sign")):
-        own = {path: film for path, film in films.items() if ways_of(Recording.load(tensors(path))) is ways}
+        own = {path: film for path, film in replayable.items() if ways_of(Recording.load(tensors(path))) is ways}
         lines += ["", f"Of {about}:", "", *ways_table(own, ways)]
     lines += ["", "## Hysteresis, replayed on these films: ARI by round (slots that changed their group, in all)", ""]
     lines += [f"| film | {' | '.join(f'{share:g}' for share in HYSTERESES)} |", "|---" * (len(HYSTERESES) + 1) + "|"]
-    for path, film in films.items():
+    for path, film in replayable.items():
         runs = [kept(tensors(path), len(film["rounds"]), share) for share in HYSTERESES]
         lines.append(f"| {path.stem} | {' | '.join(f'{by_round(aris)} ({moved})' for aris, moved in runs)} |")
     return lines

@@ -14,6 +14,7 @@ from recording import Gram, Recording
 
 from fltac.server.choosing import held_out_residual
 from fltac.server.clustering import group
+from fltac.server.grouping import EXTRA_OF_A
 from fltac.server.similarity import leading
 
 Kernel = Callable[[Recording], Gram]
@@ -243,20 +244,20 @@ RULES: dict[str, Rule | Consensus | Merged] = {
     "seen link": Rule("seen-by-matrix"),
     "head link": Rule("head"),
     "product of all+head link": Rule("product+head"),
-    "default": Rule("a+head"),
-    "default, no link": Rule("a+head", cannot_link=False),
-    "default, all dims": Rule("a+head", "all"),
+    "default": Rule("a+head", EXTRA_OF_A),
+    "default, no link": Rule("a+head", EXTRA_OF_A, cannot_link=False),
+    "default, K eigenvectors": Rule("a+head"),
     "default, K+1": Rule("a+head", 1),
-    "default, K+2": Rule("a+head", 2),
+    "default, K+3": Rule("a+head", 3),
+    "default, all dims": Rule("a+head", "all"),
     "default, centred K-1": Rule("a+head", -1, centre=True),
-    "default, rows": Rule("a+head", rows=True),
-    "default, client": Rule("a+head", client=1.0),
-    "default, rows of A": Rule("a rows+head"),
-    "default, rows of A, K+2": Rule("a rows+head", 2),
-    "default, twice the head": Rule("a+1head"),
-    "default, no head": Rule("a"),
-    "default, no head, K+2": Rule("a", 2),
-    "default, with sign": Rule("a signed+1head"),
+    "default, centred": Rule("a+head", EXTRA_OF_A - 1, centre=True),
+    "default, rows": Rule("a+head", EXTRA_OF_A, rows=True),
+    "default, client": Rule("a+head", EXTRA_OF_A, client=1.0),
+    "default, rows of A": Rule("a rows+head", EXTRA_OF_A),
+    "default, twice the head": Rule("a+1head", EXTRA_OF_A),
+    "default, no head": Rule("a", EXTRA_OF_A),
+    "default, with sign": Rule("a signed+1head", EXTRA_OF_A),
     "default, merged if it helps": Merged(0, cannot_link=False, kernel="a+head"),
     "default, 3 more, merged to K": Merged(3, cannot_link=True, down_to_k=True, kernel="a+head"),
     "unsigned B+head": Rule("b+1head unsigned"),

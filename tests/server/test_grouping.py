@@ -8,6 +8,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from fltac.records import Reply, RoundReport, ServerState, Update
 from fltac.server import grouping
+from fltac.server.changes import Changes
+from fltac.server.clustering import Points
 from fltac.server.round import finish_round, init_server, plan_round
 from server.builders import adapter, planted, reply, server, state
 
@@ -89,3 +91,47 @@ def test_hysteresis_keeps_the_grouping_of_the_round_before() -> None:
     groups = {key: cluster.members for cluster in settled.clusters for key in cluster.members}
     assert {key: c.members for c in kept.clusters for key in c.members} == groups
     assert {key: c.members for c in loose.clusters for key in c.members} != groups
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), 3 + 2),
+        (("server.clustering.features=products",), 3),
+        (("server.clustering.extra_eigenvectors=0",), 3),
+        (("server.clustering.features=products", "server.clustering.extra_eigenvectors=4"), 3 + 4),
+    ],
+)
+def test_how_many_eigenvectors_are_clustered_in(
+    overrides: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = []
+    whole = grouping.embedding
+
+    def counted(changes: Changes, head: bool, dimensions: int, seed: int, profile_weight: float = 1.0) -> Points:
+        widths.append(dimensions)
+        return whole(changes, head, dimensions, seed, profile_weight)
+
+    monkeypatch.setattr(grouping, "embedding", counted)
+    updates, _ = planted(6, 3, seed=2, noise=0.2)
+    play(start(updates), updates, "server.clustering.k=3", *overrides)
+    assert widths == [expected]
+
+
+def test_tasks_are_told_apart_though_clients_push_either_way_from_round_to_round() -> None:
+    """Every slot learns the same direction twice, with a random sign each time: half of them sum up to noise."""
+    updates, truth = planted(10, 3, seed=3, noise=0.2)
+    draw, k = np.random.default_rng(3), "server.clustering.k=3"
+    current = start(updates)
+    for _ in range(2):
+        learned = []
+        for item in updates:
+            began, sign = current.received(item.key), np.float32(draw.choice([-1, 1]))
+            moved = {
+                name: began[name] + sign * tensor + 0.2 * draw.normal(size=tensor.shape).astype(np.float32)
+                for name, tensor in item.adapter.items()
+            }
+            learned.append(Update(item.client, item.slot, moved, 1))
+        current, _ = play(current, learned, k)
+        assigned = current.assignment()
+        assert adjusted_rand_score(truth, [assigned[item.key] for item in updates]) == 1.0

@@ -143,3 +143,12 @@ def test_unrelated_slots_seem_alike_by_little_more_than_after_one_round() -> Non
     alike = np.sqrt(squared_agreement(rows, rows) / np.outer(lengths, lengths))[np.triu_indices(slots, 1)]
     once = (2 / np.pi / width) ** 0.5
     assert 2 * once < alike.mean() < 2.2 * once
+
+
+def test_a_slot_holds_as_many_directions_as_there_were_rounds_and_no_more() -> None:
+    draw = np.random.default_rng(9)
+    initial = adapter_of(draw)
+    rounds = [[adapter_of(draw) for _ in range(2)] for _ in range(DIRECTIONS + 2)]
+    for number in range(1, len(rounds) + 1):
+        found = remembered(rounds[:number], initial)
+        assert found.body.shape[1] == found.heads["2"].values.shape[1] == min(number, DIRECTIONS)

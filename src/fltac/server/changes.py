@@ -4,7 +4,7 @@ Of each adapted matrix the change of the product ``B A``, or that of A alone (``
 ``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all of them one after the other, and
 ``head.<key>`` for each head that it ever sent, both ``[directions, width]``. Products are summed: since sketches are
 linear, that is adding numbers. Of changes of A, which are compared without their sign, the leading directions are kept
-(``server.directions``). Beside them lies its ``profile``, if it has sent one.
+(``server.directions``), one in the first round. Beside them lies its ``profile``, if it has sent one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -155,17 +155,19 @@ def remember(
         of_a: Of each adapted matrix the change of A alone, the same in all rounds.
     """
     width = width_of(state, of_a)
+    directions = 1
     if of_a:
         decay **= 0.5  # of directions, so that second moments have the weight itself
+        directions = min(DIRECTIONS, 1 + max((len(held[BODY]) for held in state.memory.values()), default=0))
     index = {key: row for row, key in enumerate(sorted(state.memory.keys() | {update.key for update in updates}))}
     sketches = _sketches(state.initial, width, seed, of_a)
-    body, modules = _body(state, updates, began, index, decay, sketches, of_a)
+    body, modules = _body(state, updates, began, index, decay, sketches, directions)
     held = {name[len(HEAD) :] for tensors in state.memory.values() for name in tensors if is_head(name)}
     sent = {
         key for key in head_keys(state.initial) if any(f"{HEAD}{key}.weight" in update.adapter for update in updates)
     }
     heads = {
-        key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed, of_a)
+        key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed, directions)
         for key in sorted(held | sent)
     }
     return Changes(tuple(index), body, modules, heads, _profiles(state, updates, index), of_a)
@@ -200,7 +202,7 @@ def _body(
     index: Mapping[SlotKey, int],
     decay: float,
     sketches: Mapping[str, ProductSketch | VectorSketch],
-    of_a: bool,
+    directions: int,
 ) -> tuple[FloatArray, tuple[slice, ...]]:
     """The sketches of all adapted matrices, and each one's columns."""
     initial = state.initial
@@ -216,10 +218,10 @@ def _body(
         ),
         default=1,
     )
-    body = np.zeros((len(index), _directions(of_a), end), dtype=np.float32)
+    body = np.zeros((len(index), directions, end), dtype=np.float32)
     updated = {update.key for update in updates}
     for key, held in state.memory.items():
-        np.multiply(held[BODY], decay if key in updated else 1.0, out=body[index[key]])
+        np.multiply(held[BODY], decay if key in updated else 1.0, out=body[index[key], : len(held[BODY])])
     groups: dict[int, list[Update]] = {}  # those that continued from the same adapter, by its identity
     for update in updates:
         groups.setdefault(id(began[update.key]), []).append(update)
@@ -233,17 +235,14 @@ def _body(
         own = body[rows]
         for module, sketch in sketches.items():
             matrix = own[:, :, columns[module]]
-            matrix[:] = _together(matrix, _matrix_changes(part, base, module, sketch), of_a)
+            matrix[:] = _together(matrix, _matrix_changes(part, base, module, sketch))
         body[rows] = own
     return body, tuple(columns.values())
 
 
-def _directions(of_a: bool) -> int:
-    return DIRECTIONS if of_a else 1
-
-
-def _together(held: FloatArray, changes: FloatArray, of_a: bool) -> FloatArray:
-    return added(held, changes) if of_a else held + changes[:, None]
+def _together(held: FloatArray, changes: FloatArray) -> FloatArray:
+    """Of products the sum; of A, where one direction means that nothing is held yet, that is the change as it is."""
+    return held + changes[:, None] if held.shape[1] == 1 else added(held, changes)
 
 
 def _matrix_changes(
@@ -268,7 +267,7 @@ def _heads(
     decay: float,
     width: int,
     seed: int,
-    of_a: bool,
+    directions: int,
 ) -> Vectors:
     """The sketches of the heads of one key."""
     name, parts = HEAD + key, (HEAD + key + ".weight", HEAD + key + ".bias")
@@ -278,10 +277,11 @@ def _heads(
     place = {slot: row for row, slot in enumerate(slots)}
     size = sum(state.initial[part].size for part in parts)
     sketch = VectorSketch.draw(seed, name, size, width)
-    values = np.zeros((len(slots), _directions(of_a), sketch.width), dtype=np.float32)
+    values = np.zeros((len(slots), directions, sketch.width), dtype=np.float32)
     for slot in slots:
         if name in state.memory.get(slot, {}):
-            np.multiply(state.memory[slot][name], decay if slot in updated else 1.0, out=values[place[slot]])
+            held = state.memory[slot][name]
+            np.multiply(held, decay if slot in updated else 1.0, out=values[place[slot], : len(held)])
     step = max(1, BLOCK // size)
     for start in range(0, len(sent), step):
         block = np.empty((len(sent[start : start + step]), size), dtype=np.float32)
@@ -291,5 +291,5 @@ def _heads(
             change = [update.adapter[part] - base.get(part, state.initial[part]) for part in parts]
             np.concatenate([tensor.ravel() for tensor in change], out=row)
         rows = [place[update.key] for update in sent[start : start + step]]
-        values[rows] = _together(values[rows], sketch(block), of_a)
+        values[rows] = _together(values[rows], sketch(block))
     return Vectors(np.array([index[slot] for slot in slots], dtype=np.int64), values)

@@ -26,8 +26,6 @@ def added(held: FloatArray, changes: FloatArray) -> FloatArray:
         float32 ``[n, directions, width]``. Signs and order say nothing.
     """
     rows = np.concatenate([changes[:, None], held], axis=1)
-    if not held.any():  # of one change there is nothing to choose
-        return rows[:, :-1]
     moments = np.einsum("ntw,nsw->nts", rows, rows, dtype=np.float64, optimize=True)
     turns = np.linalg.eigh(moments)[1][:, :, 1:]  # all but the least
     return np.asarray(np.einsum("nst,nsw->ntw", turns.astype(np.float32), rows, optimize=True))
@@ -43,15 +41,9 @@ def squared_agreement(left: FloatArray, right: FloatArray) -> NDArray[np.float64
     Returns:
         float64 ``[n, m]``.
     """
-    left, right = _used(left), _used(right)
     inner = left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T
     each = inner.reshape(len(left), left.shape[1], len(right), right.shape[1])
     return np.asarray(np.einsum("itjs,itjs->ij", each, each, dtype=np.float64))
-
-
-def _used(rows: FloatArray) -> FloatArray:
-    """Without directions that no slot has yet: the first round has one."""
-    return rows[:, rows.any(axis=(0, 2))]
 
 
 def squared_lengths(rows: FloatArray) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
 """Ways to put the rounds of a film together, replayed: what the default rule would have grouped after each round.
 
-Exact for the rule that was played, an indication for the others, since later uploads depend on what was sent. Films
-that keep what A learned are put together as changes of A are compared, without their sign; others as products are.
+After the first round exact for the rule that was played alone, an indication for the others, since later uploads
+depend on what was sent. Films that keep what A learned are put together as changes of A are compared, without their
+sign; others as products are.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.server.clustering import Points, group, keep_or_move
+from fltac.server.directions import DIRECTIONS
+from fltac.server.grouping import EXTRA_OF_A
 from fltac.server.similarity import HEAD_OF_A, leading
 
 DRAWS = 4
@@ -63,6 +66,7 @@ def moments(parts: Gram, kept: int | None = None) -> Gram:
     return np.asarray(np.sqrt(cosine(squared)))
 
 
+DEFAULT = f"{DIRECTIONS} directions, K + {EXTRA_OF_A}"
 WAYS: dict[str, Joined] = {"sum": summed, "scaled": scaled, "mean": mean, "last": last, "agreeing": summed}
 """Of products: changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone;
 summed, with matrices weighted by how well they agree."""
@@ -74,7 +78,7 @@ WAYS_OF_A: dict[str, Joined] = {
     "2 directions": partial(moments, kept=2),
     "3 directions": partial(moments, kept=3),
     "second moments": moments,
-    "3 directions, K + 2": partial(moments, kept=3),
+    DEFAULT: partial(moments, kept=DIRECTIONS),
 }
 """Of changes of A, without their sign: summed; the mean of the rounds' kernels; the last round's alone; their second
 moments, of which so many leading directions are kept, or all."""
@@ -86,7 +90,7 @@ def ways_of(film: Recording) -> dict[str, Joined]:
 
 def kernel_after(film: Recording, rounds: int, upto: int, way: str | None = None) -> Gram:
     """The kernel after some rounds, by default as the server makes it: ``[n, n]``."""
-    way = way or ("3 directions" if "a" in film.grams else "sum")
+    way = way or (DEFAULT if "a" in film.grams else "sum")
     joined, n = ways_of(film)[way], len(film.truth) // rounds
 
     def after(gram: Gram) -> Gram:
@@ -100,9 +104,9 @@ def kernel_after(film: Recording, rounds: int, upto: int, way: str | None = None
 
 
 def points_of(film: Recording, rounds: int, upto: int, k: int, way: str | None = None) -> Points:
-    """What is clustered after some rounds: ``[n, k]``, or two more where the way says so."""
-    extra = 2 if way is not None and way.endswith("K + 2") else 0
-    return leading(kernel_after(film, rounds, upto, way), k + extra)
+    """What is clustered after some rounds: ``[n, k]``, or so many eigenvectors more as the default or a way says."""
+    more = "a" in film.grams if way is None else way == DEFAULT
+    return leading(kernel_after(film, rounds, upto, way), k + EXTRA_OF_A * more)
 
 
 def replayed(path: Path, rounds: int) -> dict[str, list[float]]:

@@ -27,6 +27,7 @@ from fltac.runtime.atomic import write_atomic
 from fltac.runtime.provenance import code_state, versions
 from fltac.runtime.setup import Experiment, prepare, resolved
 from fltac.server.clustering import group
+from fltac.server.grouping import EXTRA_OF_A
 from fltac.server.similarity import leading
 
 OUT = FOLDER.parent / "profiles.json"
@@ -112,7 +113,8 @@ def by_weight(path: Path, points: NDArray[np.float64], noise: float, seed: int) 
             aris = []
             for draw in range(DRAWS):
                 similar = cosine_of_centred(noised(points, noise, seed, draw))
-                labels = group(leading(learned + weight * similar, k), k, owners, 10, draw)
+                points_beside = leading(learned + weight * similar, k + EXTRA_OF_A * ("a" in film.grams))
+                labels = group(points_beside, k, owners, 10, draw)
                 aris.append(adjusted_rand_score(truth, labels))
             found[f"{weight:g}"].append(float(np.mean(aris)))
     return found

@@ -14,14 +14,13 @@ from recording import Recording
 def film_tables() -> list[str]:
     """Lines for all films, sorted by name."""
     films = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FILMS.glob("*.json"))}
-    replayable = {path: film for path, film in films.items() if tensors(path).exists()}
     lines = [
         "",
         "## Whole runs",
         "",
         "`fltac`: runs that compared products; `fltac-a`: changes of A, summed; `fltac-moments`: second moments of "
         "changes of A, K eigenvectors; `fltac-moments+2`: K + 2, the default. `small`: LoRA in two of six layers and "
-        "batches of 4, as in the small comparison. Of second moments the uploads were not kept.",
+        "batches of 4, as in the small comparison.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",
         "|---|---|---|---|",
@@ -30,13 +29,17 @@ def film_tables() -> list[str]:
         aris = by_round([number["clustering"]["ari"] for number in film["rounds"]])
         rows = max(task["n_eval"] for task in film["tasks"].values())
         lines.append(f"| {path.stem} | {aris} | {film['mean_score']:.3f} | {rows} |")
-    lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round"]
+    lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round", ""]
+    lines += [
+        "After the first round exact for the way that was played alone (`fltac` and `fltac-a`: the sum), an indication "
+        "for the others."
+    ]
     for ways, about in ((WAYS, "products"), (WAYS_OF_A, "changes of A, without their sign")):
-        own = {path: film for path, film in replayable.items() if ways_of(Recording.load(tensors(path))) is ways}
+        own = {path: film for path, film in films.items() if ways_of(Recording.load(tensors(path))) is ways}
         lines += ["", f"Of {about}:", "", *ways_table(own, ways)]
     lines += ["", "## Hysteresis, replayed on these films: ARI by round (slots that changed their group, in all)", ""]
     lines += [f"| film | {' | '.join(f'{share:g}' for share in HYSTERESES)} |", "|---" * (len(HYSTERESES) + 1) + "|"]
-    for path, film in replayable.items():
+    for path, film in films.items():
         runs = [kept(tensors(path), len(film["rounds"]), share) for share in HYSTERESES]
         lines.append(f"| {path.stem} | {' | '.join(f'{by_round(aris)} ({moved})' for aris, moved in runs)} |")
     return lines
@@ -50,7 +53,7 @@ def ways_table(films: dict[Path, dict[str, Any]], ways: dict[str, Joined]) -> li
         found = replayed(tensors(path), len(film["rounds"]))
         lines.append(f"| {path.stem} | {' | '.join(by_round(found[way]) for way in ways)} |")
         for way, aris in found.items():
-            means[path.stem.partition("-seed")[0]][way].append(aris)
+            means[f"{path.stem.partition('-seed')[0]}, {len(aris)} rounds"][way].append(aris)
     for name, by_way in means.items():
         own = [np.mean(by_way[way], axis=0) for way in ways]
         if len(by_way[next(iter(ways))]) > 1:

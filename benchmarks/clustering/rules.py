@@ -216,7 +216,8 @@ class Merged:
     def __call__(self, recording: Recording, k: int, seed: int) -> Labels:
         """Group numbers ``[n]``."""
         kernel, clients = KERNELS[self.kernel](recording), np.asarray(recording.clients)
-        labels = Rule(self.kernel, cannot_link=self.cannot_link)(recording, k + self.extra, seed)
+        dimensions = EXTRA_OF_A if self.kernel == "a+head" else 0
+        labels = Rule(self.kernel, dimensions, cannot_link=self.cannot_link)(recording, k + self.extra, seed)
         error = held_out_residual(kernel, labels)
         while True:
             found = np.unique(labels)
@@ -246,6 +247,7 @@ RULES: dict[str, Rule | Consensus | Merged] = {
     "product of all+head link": Rule("product+head"),
     "default": Rule("a+head", EXTRA_OF_A),
     "default, no link": Rule("a+head", EXTRA_OF_A, cannot_link=False),
+    "default, no link, K eigenvectors": Rule("a+head", cannot_link=False),
     "default, K eigenvectors": Rule("a+head"),
     "default, K+1": Rule("a+head", 1),
     "default, K+3": Rule("a+head", 3),

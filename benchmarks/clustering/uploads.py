@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.server.choosing import choose_k
+from fltac.server.grouping import EXTRA_OF_A
 from fltac.server.similarity import leading
 
 CLEAR = 0.05
@@ -55,8 +56,13 @@ def chosen(recording: Recording, linked: bool) -> int:
     first, second = unsigned(grams[0::2], none, 0.0), unsigned(grams[1::2], none, 0.0)
     head = 0.5 * np.abs(cosine(recording.grams["head"].sum(0)))
     pairs: list[tuple[Gram, Gram]] = [(first + head, second), (second + head, first), ((first + second) / 2, head)]
-    views = [(partial(leading, by), within) for by, within in pairs]
+    views = [(partial(eigenvectors, by), within) for by, within in pairs]
     return choose_k(views, list(recording.clients) if linked else None, 5, 0).k
+
+
+def eigenvectors(kernel: Gram, k: int) -> Gram:
+    """As many as the default rule takes."""
+    return leading(kernel, k + EXTRA_OF_A)
 
 
 def learned(recording: Recording, draws: int) -> list[dict[str, Any]]:

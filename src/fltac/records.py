@@ -207,8 +207,8 @@ class ServerState:
         initial: v0: the LoRA factors (A random, B zero) and one head for each head key.
         clients: Ids of all clients, sorted.
         clusters: In order of their ids.
-        memory: What the clustering rule keeps of each slot: what it has learned since each of its rounds began,
-            summed (the layout belongs to ``server.changes``), or what ``server.bisection`` says; empty for rules
+        memory: What the clustering rule keeps of each slot: what it has learned since each of its rounds began
+            (the layout belongs to ``server.changes``), or what ``server.bisection`` says; empty for rules
             that keep nothing.
         next_cluster_id: The id that the next new cluster gets.
         own: For each slot the tensors that it goes on from alone (``server.sending.own_part``); empty where the means

@@ -8,6 +8,7 @@ import pytest
 from fltac.records import Adapter, Cluster, ServerState, Update
 from fltac.server import changes
 from fltac.server.changes import Changes, received_by, remember, width_for, width_of
+from fltac.server.similarity import kernel
 from server.builders import update
 from server.reference import products
 
@@ -24,11 +25,11 @@ def first_state(draw: np.random.Generator, clients: int = 2) -> ServerState:
     return ServerState(0, initial, tuple(f"c{number}" for number in range(clients)))
 
 
-def remembered(state: ServerState, updates: list[Update], decay: float, seed: int) -> Changes:
+def remembered(state: ServerState, updates: list[Update], decay: float, seed: int, of_a: bool = False) -> Changes:
     """Where all updates began from what their slots were last sent."""
     received = received_by(state)
     began = {update.key: received.get(update.key, state.initial) for update in updates}
-    return remember(state, updates, began, decay, seed)
+    return remember(state, updates, began, decay, seed, of_a)
 
 
 def test_memory_sums_with_decay_what_each_round_added() -> None:
@@ -60,13 +61,18 @@ def test_memory_sums_with_decay_what_each_round_added() -> None:
         np.testing.assert_allclose(found[name], held[name][None], atol=1e-5)
 
 
-def test_a_slot_without_an_update_keeps_its_memory_undecayed() -> None:
+@pytest.mark.parametrize("of_a", [False, True])
+def test_a_slot_without_an_update_keeps_its_memory_undecayed(of_a: bool) -> None:
     draw = np.random.default_rng(0)
     state = first_state(draw)
-    one = remembered(state, [update("c0", 0, random_adapter(draw)), update("c1", 0, random_adapter(draw))], 0.5, 0)
-    two = remembered(replace(state, memory=one.memory()), [update("c0", 0, random_adapter(draw))], 0.5, 0)
-    np.testing.assert_array_equal(two.memory()["c1", 0]["body"], one.memory()["c1", 0]["body"])
-    np.testing.assert_array_equal(two.memory()["c1", 0]["head.2"], one.memory()["c1", 0]["head.2"])
+    both = [update("c0", 0, random_adapter(draw)), update("c1", 0, random_adapter(draw))]
+    one = remembered(state, both, 0.5, 0, of_a)
+    two = remembered(replace(state, memory=one.memory()), [update("c0", 0, random_adapter(draw))], 0.5, 0, of_a)
+    for name in ("body", "head.2"):
+        before, after = one.memory()["c1", 0][name], two.memory()["c1", 0][name]
+        np.testing.assert_array_equal(after[:1], before)
+        assert len(after) == 1 + of_a
+        assert not after[1:].any(), "room for a second direction, where there is one"
     assert not np.array_equal(two.memory()["c0", 0]["body"], one.memory()["c0", 0]["body"])
 
 
@@ -79,15 +85,54 @@ def test_a_slot_may_change_its_head() -> None:
     np.testing.assert_allclose(two["c0", 0]["head.2"], 0.5 * one["c0", 0]["head.2"])
 
 
-def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_a", [False, True])
+def test_blocks_do_not_matter(of_a: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds, in the second with two slots that are new."""
     draw = np.random.default_rng(2)
+    first, second = ([update("c0", slot, random_adapter(draw)) for slot in range(count)] for count in (5, 7))
     state = first_state(draw)
-    updates = [update("c0", slot, random_adapter(draw)) for slot in range(7)]
-    whole = remembered(state, updates, 1.0, 0)
+
+    def played() -> Changes:
+        one = remembered(state, first, 1.0, 0, of_a)
+        return remembered(replace(state, memory=one.memory()), second, 1.0, 0, of_a)
+
+    whole = played()
     monkeypatch.setattr(changes, "BLOCK", 1)
-    parts = remembered(state, updates, 1.0, 0)
-    np.testing.assert_allclose(parts.body, whole.body, atol=1e-6)
-    np.testing.assert_allclose(parts.heads["2"].values, whole.heads["2"].values, atol=1e-6)
+    np.testing.assert_allclose(kernel(played(), True), kernel(whole, True), atol=1e-5)
+
+
+def test_a_newcomer_beside_slots_with_a_past() -> None:
+    """It has one direction, they have two; each is as like itself as it should be."""
+    draw = np.random.default_rng(4)
+    state = first_state(draw)
+    one = remembered(state, [update("c0", 0, random_adapter(draw))], 1.0, 0, of_a=True)
+    state = replace(state, memory=one.memory())
+    news = random_adapter(draw)
+    two = remembered(state, [update("c0", 0, random_adapter(draw)), update("c1", 0, news)], 1.0, 0, of_a=True)
+    change = np.concatenate([(news[name] - state.initial[name]).ravel() for name in ("m.lora_A", "n.lora_A")])
+    held = two.memory()["c1", 0]["body"]
+    np.testing.assert_allclose(np.abs(held.sum(axis=0)), np.abs(change), atol=1e-5)
+    assert (np.abs(held) > 1e-6).any(axis=1).sum() == 1
+    np.testing.assert_allclose(np.diag(kernel(two, True)), 1.5, atol=1e-5)
+
+
+def test_a_slot_of_a_that_changes_its_head_has_both() -> None:
+    """Heads of different keys have nothing in common; beside a slot of one of them it counts by its share."""
+    draw = np.random.default_rng(5)
+    state = first_state(draw)
+    two, three = random_adapter(draw, "2"), random_adapter(draw, "3")
+    one = remembered(state, [update("c0", 0, two), update("c1", 0, two)], 1.0, 0, of_a=True)
+    both = [update("c0", 0, three), update("c1", 0, two)]
+    found = remembered(replace(state, memory=one.memory()), both, 1.0, 0, of_a=True)
+    heads = 2 * kernel(replace(found, modules=()), True)
+    squares = [
+        sum(float(((item[name] - state.initial[name]) ** 2).sum()) for name in item if name.startswith("head."))
+        for item in (two, three)
+    ]
+    np.testing.assert_allclose(np.diag(heads), 1.0, atol=1e-5)
+    # Second moments of c0: squares[0] of one key, squares[1] of the other; of c1: twice squares[0] of the first.
+    expected = (2 * squares[0] ** 2 / (np.hypot(*squares) * 2 * squares[0])) ** 0.5
+    np.testing.assert_allclose(heads[0, 1], expected, atol=1e-4)
 
 
 def test_the_more_clients_the_less_is_kept_of_each_slot() -> None:

@@ -15,7 +15,7 @@ class ClusteringConfig(Section):
     """How the server groups the uploads."""
 
     rule: Literal["kmeans", "spectral", "single", "none", "given", "random", "ifca", "cfl", "fedlease"] = "spectral"
-    """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the top-K
+    """``kmeans``: K-means over the flattened LoRA factors (the paper); ``spectral``: K-means over the leading
     eigenvectors of a similarity kernel; ``single``: one group; ``none``: every slot alone; ``given``: opaque
     group numbers from outside (the oracle); ``random``: a random group; ``ifca``: clients choose by loss
     (arXiv 2006.04088); ``cfl``: clusters are bisected (arXiv 1910.01991); ``fedlease``: once, by the cosine of B

@@ -4,7 +4,8 @@ Of each adapted matrix the change of the product ``B A``, or that of A alone (``
 ``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all of them one after the other, and
 ``head.<key>`` for each head that it ever sent, both ``[directions, width]``. Products are summed: since sketches are
 linear, that is adding numbers. Of changes of A, which are compared without their sign, the leading directions are kept
-(``server.directions``), one in the first round. Beside them lies its ``profile``, if it has sent one.
+(``server.directions``): as many as the server had rounds, up to three. Beside them lies its ``profile``, if it has
+sent one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -241,7 +242,7 @@ def _body(
 
 
 def _together(held: FloatArray, changes: FloatArray) -> FloatArray:
-    """Of products the sum; of A, where one direction means that nothing is held yet, that is the change as it is."""
+    """Of products the sum; of A, of which one direction is held where nothing is yet, the change as it is."""
     return held + changes[:, None] if held.shape[1] == 1 else added(held, changes)
 
 

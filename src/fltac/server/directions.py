@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fltac.records import FloatArray
 
 DIRECTIONS = 3
-"""Kept of each matrix: with three, groups replayed on five rounds are as right as with all."""
+"""Kept of each matrix, at least 2: with three, groups replayed on five rounds are as right as with all
+(``docs/clustering.md``)."""
 
 
 def added(held: FloatArray, changes: FloatArray) -> FloatArray:

@@ -12,7 +12,7 @@ from fltac.seeding import derive, generator
 from fltac.server.changes import Changes
 from fltac.server.choosing import Choice, choose_k, confidence
 from fltac.server.clustering import Points, group, keep_or_move, sample, silhouette
-from fltac.server.similarity import WHOLE, distance_sketches, embedding, leading, views
+from fltac.server.similarity import WHOLE, Matrix, distance_sketches, embedding, leading, views
 
 CHOOSING_STARTS = 5
 """Of K-means, for each K that is tried."""
@@ -84,21 +84,25 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     changes, rule = evidence.changes, settings.clustering
     seed = derive(settings.seed, "embedding", evidence.round_number)
     k, residuals, profiled = settings.k, None, None
+    extra = rule.extra_eigenvectors
+    if extra is None:
+        extra = EXTRA_OF_A if changes.of_a else 0
     if k is None or changes.profiles is not None:
-        choice, profiled = _choice(evidence, changes, settings)
+        choice, profiled = _choice(evidence, changes, settings, extra)
         if k is None:
             k, residuals = choice.k, choice.residuals
         if not profiled:
             changes = replace(changes, profiles=None)
-    extra = rule.extra_eigenvectors
-    if extra is None:
-        extra = EXTRA_OF_A if changes.of_a else 0
     points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight)
     found = _grouped(changes.keys, points, k, evidence, settings)
     return replace(found, residuals=residuals, profiled=profiled)
 
 
-def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings) -> tuple[Choice, bool | None]:
+def _leading(similarity: Matrix, extra: int, k: int) -> Matrix:
+    return leading(similarity, k + extra)
+
+
+def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings, extra: int) -> tuple[Choice, bool | None]:
     """K, where it is not given, and whether profiles help: of many slots, from a seeded sample of whole clients.
 
     Profiles that say nothing of the tasks (several questions about the same rows) would hide what adapters say. So
@@ -116,7 +120,7 @@ def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings) -> t
     before = sum(bool(cluster.members) for cluster in evidence.state.clusters) or None
     choices = []
     for part in [few] if few.profiles is None else [few, replace(few, profiles=None)]:
-        pairs = [(partial(leading, by), within) for by, within in views(part, rule.head, rule.profile_weight)]
+        pairs = [(partial(_leading, by, extra), within) for by, within in views(part, rule.head, rule.profile_weight)]
         starts = min(rule.starts, CHOOSING_STARTS)
         choices.append(choose_k(pairs, own, starts, seed, before, rule.hysteresis, settings.k))
     if few.profiles is None:

@@ -90,7 +90,7 @@ def distance_sketches(adapters: Sequence[Adapter], head: bool, seed: int) -> Flo
 
 
 class Features:
-    """What the kernel compares, normalised: a matrix of inner products, or rows made a few at a time.
+    """What the kernel compares, normalised: a matrix of similarities, or (products) rows made a few at a time.
 
     Heads of different keys have columns of their own, so that their cosine is 0.
     """
@@ -125,6 +125,7 @@ class Features:
 
     def block(self, start: int, stop: int) -> FloatArray:
         """Rows of a range, of products: float32 ``[stop - start, width]``."""
+        assert not self._changes.of_a, "a kernel without signs is no inner product of rows"
         out = np.zeros((stop - start, self.shape[1]), dtype=np.float32)
         end = self._changes.body.shape[-1]
         scales = np.repeat(self._scales[start:stop], self._widths, axis=1)
@@ -183,7 +184,9 @@ def _squares(parts: Sequence[Vectors], n: int, unsigned: bool) -> Matrix:
     total = np.zeros(n)
     for own in parts:
         first = own.values[:, 0]
-        total[own.rows] += squared_lengths(own.values) if unsigned else np.einsum("nw,nw->n", first, first)
+        total[own.rows] += (
+            squared_lengths(own.values) if unsigned else np.einsum("nw,nw->n", first, first, dtype=np.float64)
+        )
     return np.sqrt(total) if unsigned else total
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from fltac.records import Adapter, ServerState
+from fltac.server import similarity
 from fltac.server.changes import Changes, remember
 from fltac.server.directions import DIRECTIONS, added, squared_agreement, squared_lengths
-from fltac.server.similarity import kernel
+from fltac.server.similarity import Features, by_landmarks, embedding, kernel
 from server.builders import update
 from server.reference import changes_of_a, exact_kernel_of_a
 
@@ -152,3 +153,24 @@ def test_a_slot_holds_as_many_directions_as_there_were_rounds_and_no_more() -> N
     for number in range(1, len(rounds) + 1):
         found = remembered(rounds[:number], initial)
         assert found.body.shape[1] == found.heads["2"].values.shape[1] == min(number, DIRECTIONS)
+
+
+def test_many_slots_with_several_directions_are_placed_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all slots as landmarks Nystroem's method is the eigendecomposition."""
+    draw = np.random.default_rng(10)
+    initial = adapter_of(draw)
+    found = remembered([[adapter_of(draw) for _ in range(12)] for _ in range(4)], initial)
+    expected = embedding(found, True, 5, seed=0)
+    monkeypatch.setattr(similarity, "WHOLE", 12)
+    points = by_landmarks(Features(found, True), 5, seed=0)
+    np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=1e-4)
+    monkeypatch.setattr(similarity, "WHOLE", 11)
+    assert embedding(found, True, 5, seed=0).shape == (12, 5)
+
+
+def test_some_slots_alone_are_compared_as_among_all() -> None:
+    draw = np.random.default_rng(11)
+    initial = adapter_of(draw)
+    found = remembered([[adapter_of(draw) for _ in range(6)] for _ in range(3)], initial)
+    few = np.array([1, 4, 5])
+    np.testing.assert_allclose(kernel(found.only(few), True), kernel(found, True)[np.ix_(few, few)], atol=1e-5)

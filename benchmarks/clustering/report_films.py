@@ -31,8 +31,8 @@ def film_tables() -> list[str]:
         lines.append(f"| {path.stem} | {aris} | {film['mean_score']:.3f} | {rows} |")
     lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round", ""]
     lines += [
-        "After the first round exact for the way that was played alone (`fltac` and `fltac-a`: the sum), an indication "
-        "for the others."
+        "After the first round exact for the way that was played alone (of `fltac` and `fltac-a` the sum, of "
+        "`fltac-moments` three directions, with `+2` the last), an indication for the others."
     ]
     for ways, about in ((WAYS, "products"), (WAYS_OF_A, "changes of A, without their sign")):
         own = {path: film for path, film in films.items() if ways_of(Recording.load(tensors(path))) is ways}

@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from kernels import agreeing, cosine
 from recording import Gram, Recording
-from rules import agreeing, cosine
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.server.clustering import Points, group, keep_or_move
 from fltac.server.directions import DIRECTIONS
-from fltac.server.grouping import EXTRA_OF_A
-from fltac.server.similarity import HEAD_OF_A, leading
+from fltac.server.grouping import EXTRA_OF_A, SHARPNESS_OF_A
+from fltac.server.pairing import paired
+from fltac.server.similarity import HEAD_OF_A
+from fltac.server.spectrum import leading
 
 DRAWS = 4
 HYSTERESES = (0.0, 0.02, 0.05, 0.1, 0.2)
@@ -66,7 +68,8 @@ def moments(parts: Gram, kept: int | None = None) -> Gram:
     return np.asarray(np.sqrt(cosine(squared)))
 
 
-DEFAULT = f"{DIRECTIONS} directions, K + {EXTRA_OF_A}"
+UNSHARPENED = f"{DIRECTIONS} directions, K + {EXTRA_OF_A}"
+DEFAULT = f"{UNSHARPENED}, dual softmax"
 WAYS: dict[str, Joined] = {"sum": summed, "scaled": scaled, "mean": mean, "last": last, "agreeing": summed}
 """Of products: changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone;
 summed, with matrices weighted by how well they agree."""
@@ -78,6 +81,7 @@ WAYS_OF_A: dict[str, Joined] = {
     "2 directions": partial(moments, kept=2),
     "3 directions": partial(moments, kept=3),
     "second moments": moments,
+    UNSHARPENED: partial(moments, kept=DIRECTIONS),
     DEFAULT: partial(moments, kept=DIRECTIONS),
 }
 """Of changes of A, without their sign: summed; the mean of the rounds' kernels; the last round's alone; their second
@@ -103,10 +107,18 @@ def kernel_after(film: Recording, rounds: int, upto: int, way: str | None = None
     return (agreeing(each, head) if way == "agreeing" else np.asarray(each.mean(axis=0))) + head
 
 
+def compared_after(film: Recording, rounds: int, upto: int, way: str | None = None) -> Gram:
+    """The same as the server compares it: changes of A after a dual softmax between the slots of each two clients."""
+    kernel = kernel_after(film, rounds, upto, way)
+    return paired(kernel, film.clients[: len(kernel)], SHARPNESS_OF_A) if "a" in film.grams else kernel
+
+
 def points_of(film: Recording, rounds: int, upto: int, k: int, way: str | None = None) -> Points:
     """What is clustered after some rounds: ``[n, k]``, or so many eigenvectors more as the default or a way says."""
-    more = "a" in film.grams if way is None else way == DEFAULT
-    return leading(kernel_after(film, rounds, upto, way), k + EXTRA_OF_A * more)
+    more = "a" in film.grams if way is None else way in (UNSHARPENED, DEFAULT)
+    sharpened = way in (None, DEFAULT)
+    kernel = (compared_after if sharpened else kernel_after)(film, rounds, upto, way)
+    return leading(kernel, k + EXTRA_OF_A * more)
 
 
 def replayed(path: Path, rounds: int) -> dict[str, list[float]]:

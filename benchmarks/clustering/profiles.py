@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accumulate import kernel_after
+from accumulate import compared_after
 from film import FILMS
+from kernels import KERNELS, cosine
 from numpy.typing import NDArray
 from record import FOLDER
 from recording import Recording, load_all
 from regimes import REGIMES, regime_config
-from rules import KERNELS, cosine
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.client.profile import profiles_of
@@ -28,7 +28,7 @@ from fltac.runtime.provenance import code_state, versions
 from fltac.runtime.setup import Experiment, prepare, resolved
 from fltac.server.clustering import group
 from fltac.server.grouping import EXTRA_OF_A
-from fltac.server.similarity import leading
+from fltac.server.spectrum import leading
 
 OUT = FOLDER.parent / "profiles.json"
 ROWS = (16, 64, 256)
@@ -108,7 +108,7 @@ def by_weight(path: Path, points: NDArray[np.float64], noise: float, seed: int) 
     k = len(set(truth.tolist()))
     found: dict[str, list[float]] = {f"{weight:g}": [] for weight in WEIGHTS}
     for upto in range(1, rounds + 1):
-        learned = kernel_after(film, rounds, upto)
+        learned = compared_after(film, rounds, upto)
         for weight in WEIGHTS:
             aris = []
             for draw in range(DRAWS):

@@ -4,15 +4,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from kernels import KERNELS, cosine, unsigned
 from numpy.typing import NDArray
 from recording import Gram, Recording
-from rules import KERNELS, RULES, cosine, unsigned
+from rules import RULES
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.server.choosing import choose_k
-from fltac.server.grouping import EXTRA_OF_A
-from fltac.server.similarity import leading
+from fltac.server.grouping import EXTRA_OF_A, SHARPNESS_OF_A
+from fltac.server.pairing import paired
+from fltac.server.spectrum import leading
 
 CLEAR = 0.05
 """Points of the score that a slot has to be above the majority class to have clearly learned something."""
@@ -56,8 +58,9 @@ def chosen(recording: Recording, linked: bool) -> int:
     first, second = unsigned(grams[0::2], none, 0.0), unsigned(grams[1::2], none, 0.0)
     head = 0.5 * np.abs(cosine(recording.grams["head"].sum(0)))
     pairs: list[tuple[Gram, Gram]] = [(first + head, second), (second + head, first), ((first + second) / 2, head)]
-    views = [(partial(eigenvectors, by), within) for by, within in pairs]
-    return choose_k(views, list(recording.clients) if linked else None, 5, 0).k
+    own, sharpness = list(recording.clients), SHARPNESS_OF_A if linked else 0.0
+    views = [(partial(eigenvectors, paired(by, own, sharpness)), within) for by, within in pairs]
+    return choose_k(views, own if linked else None, 5, 0).k
 
 
 def eigenvectors(kernel: Gram, k: int) -> Gram:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fltac.server.choosing import choose_k, confidence, held_out_residual
-from fltac.server.similarity import leading
+from fltac.server.spectrum import leading
 
 
 def residual_by_hand(rows: np.ndarray, labels: np.ndarray) -> float:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from fltac.records import Adapter, ServerState
-from fltac.server import similarity
+from fltac.server import spectrum
 from fltac.server.changes import Changes, remember
 from fltac.server.directions import DIRECTIONS, added, squared_agreement, squared_lengths
-from fltac.server.similarity import Features, by_landmarks, embedding, kernel
+from fltac.server.similarity import Features, kernel
+from fltac.server.spectrum import by_landmarks, embedding
 from server.builders import update
 from server.reference import changes_of_a, exact_kernel_of_a
 
@@ -161,10 +162,10 @@ def test_many_slots_with_several_directions_are_placed_as_few_are(monkeypatch: p
     initial = adapter_of(draw)
     found = remembered([[adapter_of(draw) for _ in range(12)] for _ in range(4)], initial)
     expected = embedding(found, True, 5, seed=0)
-    monkeypatch.setattr(similarity, "WHOLE", 12)
-    points = by_landmarks(Features(found, True), 5, seed=0)
+    monkeypatch.setattr(spectrum, "WHOLE", 12)
+    points = by_landmarks(Features(found, True), [client for client, _ in found.keys], 5, seed=0)
     np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=1e-4)
-    monkeypatch.setattr(similarity, "WHOLE", 11)
+    monkeypatch.setattr(spectrum, "WHOLE", 11)
     assert embedding(found, True, 5, seed=0).shape == (12, 5)
 
 

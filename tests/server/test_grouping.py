@@ -94,28 +94,37 @@ def test_hysteresis_keeps_the_grouping_of_the_round_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "dimensions", "sharpness"),
     [
-        ((), 3 + 2),
-        (("server.clustering.features=products",), 3),
-        (("server.clustering.extra_eigenvectors=0",), 3),
-        (("server.clustering.features=products", "server.clustering.extra_eigenvectors=4"), 3 + 4),
+        ((), 3 + 2, 1.5),
+        (("server.clustering.cannot_link=false",), 3 + 2, 0),
+        (("server.clustering.features=products",), 3, 0),
+        (("server.clustering.extra_eigenvectors=0", "server.clustering.dual_softmax=0"), 3, 0),
+        (
+            (
+                "server.clustering.features=products",
+                "server.clustering.extra_eigenvectors=4",
+                "server.clustering.dual_softmax=2",
+            ),
+            3 + 4,
+            2,
+        ),
     ],
 )
-def test_how_many_eigenvectors_are_clustered_in(
-    overrides: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+def test_how_many_eigenvectors_of_what_are_clustered_in(
+    overrides: tuple[str, ...], dimensions: int, sharpness: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widths = []
+    asked = []
     whole = grouping.embedding
 
-    def counted(changes: Changes, head: bool, dimensions: int, seed: int, profile_weight: float = 1.0) -> Points:
-        widths.append(dimensions)
-        return whole(changes, head, dimensions, seed, profile_weight)
+    def noted(changes: Changes, head: bool, dimensions: int, seed: int, weight: float, sharpness: float) -> Points:
+        asked.append((dimensions, sharpness))
+        return whole(changes, head, dimensions, seed, weight, sharpness)
 
-    monkeypatch.setattr(grouping, "embedding", counted)
+    monkeypatch.setattr(grouping, "embedding", noted)
     updates, _ = planted(6, 3, seed=2, noise=0.2)
     play(start(updates), updates, "server.clustering.k=3", *overrides)
-    assert widths == [expected]
+    assert asked == [(dimensions, sharpness)]
 
 
 def test_tasks_are_told_apart_though_clients_push_either_way_from_round_to_round() -> None:

@@ -9,10 +9,11 @@ from sklearn.metrics import adjusted_rand_score
 from fltac.config import ServerSettings
 from fltac.errors import InputError
 from fltac.records import Presence, Reply, ServerState, Update
-from fltac.server import similarity
+from fltac.server import spectrum
 from fltac.server.changes import PROFILE, remember
 from fltac.server.round import finish_round, init_server, plan_round
-from fltac.server.similarity import embedding, kernel, views
+from fltac.server.similarity import kernel, views
+from fltac.server.spectrum import embedding
 from server.builders import planted, server
 
 ASKS = "server.clustering.profile_rows=8"
@@ -122,7 +123,7 @@ def test_many_slots_are_compared_without_all_pairs(monkeypatch: pytest.MonkeyPat
     first = start(updates)
     changes = remember(first, updates, {item.key: first.initial for item in updates}, 1.0, 0)
     exact = embedding(changes, True, 3, 0, 2.0)
-    monkeypatch.setattr(similarity, "WHOLE", 5)
+    monkeypatch.setattr(spectrum, "WHOLE", 5)
     points = embedding(changes, True, 3, 0, 2.0)
     np.testing.assert_allclose(points @ points.T, exact @ exact.T, atol=1e-2)
 

@@ -290,7 +290,8 @@ def test_without_heads_or_with_a_fixed_a_products_are_compared(change: dict[str,
 def test_slots_that_were_not_asked_are_regrouped_by_what_they_learned() -> None:
     """In round 2 only one client replies; the other's slots still belong to somebody."""
     settings = ("method=fltac", "server.clustering.k=2")
-    one = play(state("a", "b"), [reply("a", adapter(1, 1), adapter(1, -1)), reply("b", adapter(1, 1))], *settings)
+    other = {**adapter(1, -1), "m.lora_A": np.array([[1, -1, 0]], np.float32)}
+    one = play(state("a", "b"), [reply("a", adapter(1, 1), other), reply("b", adapter(1, 1))], *settings)
     assert one.assignment()["a", 0] == one.assignment()["b", 0] != one.assignment()["a", 1]
     two = play(one, [reply("b", adapter(1, 2))], *settings)
     assert two.assignment() == one.assignment()

@@ -9,19 +9,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 from fltac.records import Adapter, ServerState
-from fltac.server import changes, similarity
+from fltac.server import changes, similarity, spectrum
 from fltac.server.changes import Changes, remember
 from fltac.server.clustering import group
-from fltac.server.similarity import (
-    Features,
-    by_landmarks,
-    distance_sketches,
-    embedding,
-    flattened,
-    kernel,
-    principal,
-    views,
-)
+from fltac.server.similarity import Features, distance_sketches, flattened, kernel, views
+from fltac.server.spectrum import by_landmarks, embedding, principal
 from server.builders import adapter, planted, update
 from server.reference import changes_of_a, exact_kernel, exact_kernel_of_a, products
 
@@ -178,12 +170,13 @@ def test_many_slots_are_placed_by_their_similarity_to_a_sample(monkeypatch: pyte
     found = learned([item.adapter for item in updates], of_a=True)
     expected = embedding(found, True, 3, seed=0)
     features = Features(found, True)
-    monkeypatch.setattr(similarity, "WHOLE", len(truth))
-    points = by_landmarks(features, 3, seed=0)
+    owners = [client for client, _ in found.keys]
+    monkeypatch.setattr(spectrum, "WHOLE", len(truth))
+    points = by_landmarks(features, owners, 3, seed=0)
     np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=1e-5)
-    monkeypatch.setattr(similarity, "WHOLE", block)
+    monkeypatch.setattr(spectrum, "WHOLE", block)
     points = embedding(found, True, 3, seed=0)
-    np.testing.assert_array_equal(points, by_landmarks(features, 3, seed=0))
+    np.testing.assert_array_equal(points, by_landmarks(features, owners, 3, seed=0))
     assert points.shape == expected.shape
     owners = [item.client for item in updates]
     assert adjusted_rand_score(truth, group(points, 3, owners, 20, 0)) == 1.0
@@ -203,7 +196,7 @@ def test_embedding_is_the_truncated_eigendecomposition() -> None:
 def test_the_embedding_of_many_slots_is_that_of_few(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     found, _ = planted_changes(40)
     expected = embedding(found, True, 4, seed=0)
-    monkeypatch.setattr(similarity, "WHOLE", 0)
+    monkeypatch.setattr(spectrum, "WHOLE", 0)
     monkeypatch.setattr(similarity, "BLOCK", block)
     points = embedding(found, True, 4, seed=0)
     np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=2e-3)

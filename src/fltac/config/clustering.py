@@ -33,6 +33,10 @@ class ClusteringConfig(Section):
     extra_eigenvectors: Annotated[int, Field(ge=0)] | None = None
     """``spectral``: so many beyond the K leading ones are clustered in, too; default: 2 where changes of A are
     compared, none with products."""
+    dual_softmax: Annotated[float, Field(ge=0)] | None = None
+    """``spectral`` with ``cannot_link``: how sharply the slots of two clients compete for each other, after what
+    slots are to be expected to have in common is taken away; 0: it is compared as it is. Default: 1.5 where changes of
+    A are compared, 0 with products."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     cannot_link: bool = True
@@ -114,6 +118,11 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
+    if config.dual_softmax and not config.cannot_link:
+        return (
+            f"server.clustering.dual_softmax: got {config.dual_softmax:g}, but without cannot_link slots of one client "
+            "do not compete; allowed: 0"
+        )
     if rule == "spectral" and config.features == "a" and aggregation in ("ffa", "rolora"):
         return (
             f"server.clustering.features: got 'a', but {aggregation} does not always train A; allowed: auto, products"

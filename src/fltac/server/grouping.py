@@ -12,12 +12,16 @@ from fltac.seeding import derive, generator
 from fltac.server.changes import Changes
 from fltac.server.choosing import Choice, choose_k, confidence
 from fltac.server.clustering import Points, group, keep_or_move, sample, silhouette
-from fltac.server.similarity import WHOLE, Matrix, distance_sketches, embedding, leading, views
+from fltac.server.pairing import Matrix
+from fltac.server.similarity import WHOLE, distance_sketches, views
+from fltac.server.spectrum import embedding, leading
 
 CHOOSING_STARTS = 5
 """Of K-means, for each K that is tried."""
 EXTRA_OF_A = 2
 """Eigenvectors beyond K where changes of A are compared."""
+SHARPNESS_OF_A = 1.5
+"""Of the dual softmax, where changes of A are compared and a client's slots are of different tasks."""
 HARM = 0.1
 """Profiles count unless what adapters say is predicted worse by more than this share in the groups found with them."""
 
@@ -84,16 +88,18 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     changes, rule = evidence.changes, settings.clustering
     seed = derive(settings.seed, "embedding", evidence.round_number)
     k, residuals, profiled = settings.k, None, None
-    extra = rule.extra_eigenvectors
+    extra, sharpness = rule.extra_eigenvectors, rule.dual_softmax
     if extra is None:
         extra = EXTRA_OF_A if changes.of_a else 0
+    if sharpness is None:
+        sharpness = SHARPNESS_OF_A if changes.of_a and rule.cannot_link else 0.0
     if k is None or changes.profiles is not None:
-        choice, profiled = _choice(evidence, changes, settings, extra)
+        choice, profiled = _choice(evidence, changes, settings, extra, sharpness)
         if k is None:
             k, residuals = choice.k, choice.residuals
         if not profiled:
             changes = replace(changes, profiles=None)
-    points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight)
+    points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight, sharpness)
     found = _grouped(changes.keys, points, k, evidence, settings)
     return replace(found, residuals=residuals, profiled=profiled)
 
@@ -102,7 +108,9 @@ def _leading(similarity: Matrix, extra: int, k: int) -> Matrix:
     return leading(similarity, k + extra)
 
 
-def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings, extra: int) -> tuple[Choice, bool | None]:
+def _choice(
+    evidence: Evidence, changes: Changes, settings: ServerSettings, extra: int, sharpness: float
+) -> tuple[Choice, bool | None]:
     """K, where it is not given, and whether profiles help: of many slots, from a seeded sample of whole clients.
 
     Profiles that say nothing of the tasks (several questions about the same rows) would hide what adapters say. So
@@ -120,7 +128,8 @@ def _choice(evidence: Evidence, changes: Changes, settings: ServerSettings, extr
     before = sum(bool(cluster.members) for cluster in evidence.state.clusters) or None
     choices = []
     for part in [few] if few.profiles is None else [few, replace(few, profiles=None)]:
-        pairs = [(partial(_leading, by, extra), within) for by, within in views(part, rule.head, rule.profile_weight)]
+        parts = views(part, rule.head, rule.profile_weight, sharpness)
+        pairs = [(partial(_leading, by, extra), within) for by, within in parts]
         starts = min(rule.starts, CHOOSING_STARTS)
         choices.append(choose_k(pairs, own, starts, seed, before, rule.hysteresis, settings.k))
     if few.profiles is None:

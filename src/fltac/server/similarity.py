@@ -18,28 +18,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fltac.records import Adapter, FloatArray, is_head
-from fltac.seeding import generator
 from fltac.server.changes import BLOCK, Changes, Vectors
 from fltac.server.directions import squared_agreement, squared_lengths
+from fltac.server.pairing import Matrix, Rows, paired
 from fltac.server.sketch import VectorSketch
-
-Matrix = NDArray[np.float64]
-Rows = NDArray[np.int64]
 
 WHOLE = 512
 """Up to so many slots all pairs are compared and all adapters flattened; above, no matrix of either kind is formed."""
 DISTANCE_WIDTH = 2048
 """Numbers kept of a flattened adapter where there are many."""
-OVERSAMPLING = 10
-"""Vectors iterated beyond those wanted."""
 HEAD_OF_A = 0.5
 """The weight of the heads' cosine beside that of A's change; beside that of the products it is 1."""
-ITERATIONS = 50
-TOLERANCE = 1e-3
-"""Largest residual of a singular vector, relative to its squared singular value."""
 
 
 def flattened(adapters: Sequence[Adapter], head: bool) -> FloatArray:
@@ -136,8 +127,8 @@ class Features:
             out[own.rows[part] - start, begin:end] = own.values[part, 0] * scale[part, None]
         return out
 
-    def between(self, rows: Rows, columns: Rows) -> Matrix:
-        """The kernel of some slots with others, both sorted: float64 ``[len(rows), len(columns)]``.
+    def learned(self, rows: Rows, columns: Rows) -> Matrix:
+        """What some slots learned compared with what others did, both sorted: float64 ``[len(rows), len(columns)]``.
 
         Matrix by matrix, so that nothing of the size of all rows is made.
         """
@@ -145,13 +136,16 @@ class Features:
         total = np.zeros((len(rows), len(columns)))
         for scale, part in zip(self._scales.T, self._changes.modules, strict=True):
             total += _inner([(Vectors(every, self._changes.body[:, :, part]), scale)], rows, columns, unsigned)
-        total += _inner(self._heads, rows, columns, unsigned)
-        return total + _inner(self._profiles, rows, columns, unsigned=False)
+        return total + _inner(self._heads, rows, columns, unsigned)
+
+    def profiled(self, rows: Rows, columns: Rows) -> Matrix:
+        """What profiles add to it; zeros where there are none."""
+        return _inner(self._profiles, rows, columns, unsigned=False)
 
     def gram(self) -> Matrix:
         """The kernel of all slots: float64 ``[n, n]``."""
         every = np.arange(self.shape[0])
-        return self.between(every, every)
+        return self.learned(every, every) + self.profiled(every, every)
 
     def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
         """All rows, some at a time."""
@@ -202,88 +196,27 @@ def kernel(changes: Changes, head: bool, profile_weight: float = 1.0) -> Matrix:
     return Features(changes, head, profile_weight).gram()
 
 
-def views(changes: Changes, head: bool, profile_weight: float = 1.0) -> list[tuple[Matrix, Matrix]]:
+def views(
+    changes: Changes, head: bool, profile_weight: float = 1.0, sharpness: float = 0.0
+) -> list[tuple[Matrix, Matrix]]:
     """Pairs of kernels of different parts of what the slots have learned: to group by, and to test the groups in.
 
     One half of the adapted matrices against the other, both ways, and all matrices against the heads; with profiles,
-    these help to group. Where there is only one part, it is both.
+    these help to group. Where there is only one part, it is both. ``sharpness`` is that of the dual softmax
+    (``server.pairing``), which helps to group as well.
     """
+    owners = [client for client, _ in changes.keys]
     body = replace(changes, heads={}, profiles=None)
     halves = [kernel(replace(body, modules=changes.modules[start::2]), False, 0.0) for start in (0, 1)]
     bodies = [half for half in halves if half.any()]
     heads = kernel(replace(changes, modules=(), profiles=None), True, 0.0) if head and changes.heads else None
-    said = kernel(replace(changes, modules=(), heads={}), False, profile_weight)
     if len(bodies) < 2:
         whole = kernel(replace(changes, profiles=None), head)
-        return [(bodies[0] + said, heads) if bodies and heads is not None else (whole + said, whole)]
-    first, second = bodies
-    if heads is None:
-        return [(first + said, second), (second + said, first)]
-    return [(first + heads + said, second), (second + heads + said, first), ((first + second) / 2 + said, heads)]
-
-
-def embedding(changes: Changes, head: bool, dimensions: int, seed: int, profile_weight: float = 1.0) -> Matrix:
-    """Rows whose inner products approximate the kernel: its top eigenvectors, scaled by the roots of the values.
-
-    Args:
-        changes: What each of n slots has learned.
-        head: Add the cosine of the heads' change.
-        dimensions: How many eigenvectors; at most n are used.
-        seed: Of the vectors that the iteration for many slots begins with.
-        profile_weight: With which the cosine of the profiles is added, if there are any.
-
-    Returns:
-        ``[n, dimensions]``. Truncation matters: the small eigenvalues hold each slot's own noise.
-    """
-    features = Features(changes, head, profile_weight)
-    if len(changes.keys) <= WHOLE:
-        return leading(features.gram(), dimensions)
-    return (by_landmarks if changes.of_a else principal)(features, dimensions, seed)
-
-
-def leading(similarity: Matrix, dimensions: int) -> Matrix:
-    """The same for a given kernel ``[n, n]``."""
-    values, vectors = np.linalg.eigh(similarity)
-    top = slice(max(0, len(values) - dimensions), None)
-    scaled = vectors[:, top] * np.sqrt(np.clip(values[top], 0.0, None))
-    return np.asarray(scaled[:, ::-1])
-
-
-def by_landmarks(features: Features, dimensions: int, seed: int) -> Matrix:
-    """The same for a kernel that is no inner product of rows: from that of ``WHOLE`` slots (Nystroem's method).
-
-    The eigenvectors of a seeded sample's kernel, carried over to all slots by their similarity to the sample.
-    """
-    n = features.shape[0]
-    few = np.sort(generator(seed, "landmarks").permutation(n)[:WHOLE])
-    values, vectors = np.linalg.eigh(features.between(few, few))
-    top = slice(max(0, len(values) - dimensions), None)
-    values, vectors = values[top][::-1], vectors[:, top][:, ::-1]
-    roots = np.sqrt(np.clip(values, 0.0, None))
-    turn = vectors * np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 1e-6)
-    return np.concatenate([features.between(np.arange(n)[i : i + WHOLE], few) @ turn for i in range(0, n, WHOLE)])
-
-
-def principal(features: Features, dimensions: int, seed: int) -> Matrix:
-    """The same without an ``[n, n]`` matrix: the rows' projections on their leading right singular vectors.
-
-    Subspace iteration with Rayleigh-Ritz, one pass over the rows for each step.
-    """
-    n, width = features.shape
-    size = min(n, width, dimensions + OVERSAMPLING)
-    basis = generator(seed, "subspace").standard_normal((width, size), dtype=np.float32)
-    points = np.empty((n, size), dtype=np.float32)
-    for _ in range(ITERATIONS):
-        basis = np.linalg.qr(basis)[0]
-        image = np.zeros_like(basis)
-        for rows, block in features.blocks():
-            points[rows] = block @ basis
-            image += block.T @ points[rows]
-        small = basis.T.astype(np.float64) @ image
-        values, turn = np.linalg.eigh((small + small.T) / 2)
-        values, turn = values[::-1][:dimensions], turn[:, ::-1][:, :dimensions]
-        residuals = np.linalg.norm(image @ turn - (basis @ turn) * values, axis=0)
-        if (residuals <= TOLERANCE * values).all():
-            break
-        basis = image
-    return np.asarray(points @ turn)
+        pairs = [(bodies[0], heads) if bodies and heads is not None else (whole, whole)]
+    elif heads is None:
+        pairs = [(bodies[0], bodies[1]), (bodies[1], bodies[0])]
+    else:
+        first, second = bodies
+        pairs = [(first + heads, second), (second + heads, first), ((first + second) / 2, heads)]
+    said = kernel(replace(changes, modules=(), heads={}), False, profile_weight)
+    return [(paired(by, owners, sharpness) + said, within) for by, within in pairs]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accumulate import HYSTERESES, WAYS, WAYS_OF_A, Joined, kept, replayed, ways_of
+from accumulate import HYSTERESES, WAYS, WAYS_OF_A, Joined, kept, kernel_after, replayed, ways_of
 from film import FILMS
 from recording import Recording
+from uploads import ceiling
 
 
 def film_tables() -> list[str]:
@@ -19,7 +20,7 @@ def film_tables() -> list[str]:
         "## Whole runs",
         "",
         "`fltac`: runs that compared products; `fltac-a`: changes of A, summed; `fltac-moments`: second moments of "
-        "changes of A, K eigenvectors; `fltac-moments+2`: K + 2, the default. `small`: LoRA in two of six layers and "
+        "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all of them without the dual softmax. `small`: LoRA in two of six layers and "
         "batches of 4, as in the small comparison.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",
@@ -32,17 +33,40 @@ def film_tables() -> list[str]:
     lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round", ""]
     lines += [
         "After the first round exact for the way that was played alone (of `fltac` and `fltac-a` the sum, of "
-        "`fltac-moments` three directions, with `+2` the last), an indication for the others."
+        "`fltac-moments` three directions, with `+2` the same with K + 2), an indication for the others."
     ]
     for ways, about in ((WAYS, "products"), (WAYS_OF_A, "changes of A, without their sign")):
         own = {path: film for path, film in films.items() if ways_of(Recording.load(tensors(path))) is ways}
         lines += ["", f"Of {about}:", "", *ways_table(own, ways)]
+    lines += ["", "## What is in these films", ""]
+    lines += [
+        "ARI by round of a classifier that is told the tasks of all other clients' slots, on what the default compares "
+        "(before the dual softmax, which it does not need).",
+        "",
+        *ceilings(films),
+    ]
     lines += ["", "## Hysteresis, replayed on these films: ARI by round (slots that changed their group, in all)", ""]
     lines += [f"| film | {' | '.join(f'{share:g}' for share in HYSTERESES)} |", "|---" * (len(HYSTERESES) + 1) + "|"]
     for path, film in films.items():
         runs = [kept(tensors(path), len(film["rounds"]), share) for share in HYSTERESES]
         lines.append(f"| {path.stem} | {' | '.join(f'{by_round(aris)} ({moved})' for aris, moved in runs)} |")
     return lines
+
+
+def ceilings(films: dict[Path, dict[str, Any]]) -> list[str]:
+    """A row for each film of changes of A, and the mean of those whose names differ in their seed alone."""
+    lines, groups = ["| film | ARI |", "|---|---|"], defaultdict(list)
+    for path in films:
+        film, rounds = Recording.load(tensors(path)), len(films[path]["rounds"])
+        if "a" not in film.grams:
+            continue
+        n = len(film.truth) // rounds
+        kernels = [kernel_after(film, rounds, upto) for upto in range(1, rounds + 1)]
+        aris = [ceiling(kernel, film.truth[:n], film.clients[:n]) for kernel in kernels]
+        lines.append(f"| {path.stem} | {by_round(aris)} |")
+        groups[path.stem.partition("-seed")[0]].append(aris)
+    means = [(name, own) for name, own in groups.items() if len(own) > 1]
+    return lines + [f"| mean of {len(own)} {name} | {by_round(np.mean(own, axis=0).tolist())} |" for name, own in means]
 
 
 def ways_table(films: dict[Path, dict[str, Any]], ways: dict[str, Joined]) -> list[str]:

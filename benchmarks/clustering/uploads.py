@@ -1,5 +1,6 @@
 """What is in a recording's uploads: how many groups they support, and how those that learned something are grouped."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,20 +29,24 @@ def described(recording: Recording, draws: int) -> dict[str, Any]:
     return {
         "slots": len(truth),
         "tasks": len(set(truth.tolist())),
-        "ceiling": ceiling(recording),
+        "ceiling": ceiling(KERNELS["a+head"](recording), truth, recording.clients),
         "k": chosen(recording, True),
         "k_no_link": chosen(recording, False),
         "learned": learned(recording, draws),
     }
 
 
-def ceiling(recording: Recording) -> float:
+def ceiling(kernel: Gram, truth: NDArray[np.int64], owners: Sequence[str]) -> float:
     """ARI of a classifier that is told the tasks of all other clients' slots, with cannot-link on its answers.
 
-    Kernel ridge regression on the default kernel, one client left out at a time.
+    Kernel ridge regression, one client left out at a time.
+
+    Args:
+        kernel: ``[n, n]``.
+        truth: ``[n]`` the task of each slot.
+        owners: Its client.
     """
-    kernel, clients = KERNELS["a+head"](recording), np.asarray(recording.clients)
-    classes = np.eye(int(recording.truth.max()) + 1)[recording.truth]
+    clients, classes = np.asarray(owners), np.eye(int(truth.max()) + 1)[truth]
     found, ridge = np.empty(len(clients), dtype=int), RIDGE * float(np.diag(kernel).mean())
     for client in np.unique(clients):
         held, rest = np.flatnonzero(clients == client), np.flatnonzero(clients != client)
@@ -49,7 +54,7 @@ def ceiling(recording: Recording) -> float:
         dual = np.linalg.solve(kernel[np.ix_(rest, rest)] + ridge * np.eye(len(rest)), classes[rest] - mean)
         rows, columns = linear_sum_assignment(-(kernel[np.ix_(held, rest)] @ dual))
         found[held[rows]] = columns
-    return float(adjusted_rand_score(recording.truth, found))
+    return float(adjusted_rand_score(truth, found))
 
 
 def chosen(recording: Recording, linked: bool) -> int:

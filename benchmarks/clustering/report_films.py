@@ -20,8 +20,8 @@ def film_tables() -> list[str]:
         "## Whole runs",
         "",
         "`fltac`: runs that compared products; `fltac-a`: changes of A, summed; `fltac-moments`: second moments of "
-        "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all of them without the dual softmax. `small`: LoRA in "
-        "two of six layers and batches of 4, as in the small comparison.",
+        "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all without the dual softmax. `small`: LoRA in two of "
+        "six layers and batches of 4, as in the small comparison.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",
         "|---|---|---|---|",

@@ -125,8 +125,8 @@ VARIANTS: dict[str, list[str]] = {
     "+loss": BY_LOSS,
     "+single": ["server.clustering.rule=single"],
     "+hysteresis": ["server.clustering.hysteresis=0.1"],
-    "+no-softmax": ["server.clustering.dual_softmax=0"],
-    "+0": ["server.clustering.dual_softmax=0", "server.clustering.extra_eigenvectors=0"],
+    "+at-once": ["server.clustering.from_round=1"],
+    "+no-softmax": ["server.clustering.from_round=1", "server.clustering.dual_softmax=0"],
     "+halved": ["server.clustering.memory=0.5"],
 }
 """Of ``fltac``."""

@@ -14,7 +14,9 @@ HEADS = {"2": (2, 3)}
 
 
 def server(*overrides: str) -> ServerSettings:
-    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}, overrides)
+    """Settings with which slots are grouped after the first round already, if nothing else is said."""
+    at_once = "server.clustering.from_round=1"
+    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}, [at_once, *overrides])
     return config.server_settings
 
 

@@ -31,7 +31,7 @@ def test_everybody_known_and_nothing_new_is_the_same_state() -> None:
 
 
 def test_a_late_joiner_is_known_and_begins_from_v0() -> None:
-    before, settings = after_a_round("method=fedit"), server("method=fedit")
+    before, settings = after_a_round("method=fltac"), server("method=fltac")
     present = [there("a", TWO, TWO), there("b", TWO), there("c", TWO)]
     after = admit(before, present, settings)
     assert after.clients == ("a", "b", "c")
@@ -40,6 +40,24 @@ def test_a_late_joiner_is_known_and_begins_from_v0() -> None:
     assert requests["a"].initial is None
     assert requests["c"].initial is after.initial
     assert requests["c"].slots == {}
+
+
+@pytest.mark.parametrize("overrides", [("method=fedit",), ("method=fltac", "server.clustering.from_round=3")])
+def test_as_long_as_all_are_together_a_late_joiner_begins_from_what_they_share(overrides: tuple[str, ...]) -> None:
+    before, settings = after_a_round(*overrides), server(*overrides)
+    present = [there("a", TWO, TWO), there("b", TWO), there("c", TWO)]
+    after = admit(before, present, settings)
+    (together,) = after.clusters
+    requests = {request.client: request for request in plan_round(after, settings, present)}
+    assert requests["c"].initial is None
+    assert requests["c"].slots == {0: together.id}
+    assert requests["c"].adapters[together.id] is together.adapter
+    joined, report = finish_round(after, list(requests.values()), [reply("c", adapter(9, 9))], settings)
+    assert report.updates == 1
+    assert ("c", 0) in joined.assignment()
+    if joined.memory:  # what it learned counts from what it was sent
+        learned = np.abs(joined.memory["c", 0]["body"]).max()
+        assert learned == pytest.approx(9 - together.adapter["m.lora_A"].max())
 
 
 def test_a_new_head_is_drawn_for_itself_whoever_brings_it_and_when() -> None:

@@ -20,6 +20,8 @@ CHOOSING_STARTS = 5
 """Of K-means, for each K that is tried."""
 EXTRA_OF_A = 2
 """Eigenvectors beyond K where changes of A are compared."""
+FROM_ROUND_OF_A = 2
+"""The first round after which slots are grouped, where changes of A are compared."""
 SHARPNESS_OF_A = 1.5
 """Of the dual softmax, where changes of A are compared and a client's slots are of different tasks."""
 HARM = 0.1
@@ -86,6 +88,8 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     """K-means over the leading eigenvectors of the kernel of all that each slot has learned; all known slots."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
     changes, rule = evidence.changes, settings.clustering
+    if evidence.round_number < (rule.from_round or (FROM_ROUND_OF_A if changes.of_a else 1)):
+        return _single(evidence, settings)
     seed = derive(settings.seed, "embedding", evidence.round_number)
     k, residuals, profiled = settings.k, None, None
     extra, sharpness = rule.extra_eigenvectors, rule.dual_softmax

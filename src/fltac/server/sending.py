@@ -14,14 +14,16 @@ class Outbox:
         """Looks at a state; copies nothing."""
         self._state, self._settings = state, settings
         self._assignment = state.assignment()
+        together = settings.clustering.rule in ("single", "spectral") and len(state.clusters) == 1
+        self._only = state.clusters[0].id if together else None
         self._adapters: dict[int | None, Adapter] = {cluster.id: cluster.adapter for cluster in state.clusters}
         self._adapters[None] = state.initial
         self._cut: dict[tuple[int | None, int | None], Adapter] = {}
         self._own: dict[SlotKey, Adapter] = {}
 
     def cluster(self, key: SlotKey) -> int | None:
-        """The slot's cluster, if it has one."""
-        return self._assignment.get(key)
+        """The slot's cluster, if it has one; as long as all are in one cluster, a new slot is in it, too."""
+        return self._assignment.get(key, self._only)
 
     def shared(self, cluster: int | None, client: str) -> Adapter:
         """A cluster's adapter (None: v0) at the rank of a client."""

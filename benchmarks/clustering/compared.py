@@ -63,11 +63,12 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
         "Written by `benchmarks/clustering/compared.py` from the files in `comparison/`; do not edit.",
         "",
         f"{size.about}; {rounds} rounds of {training['steps']} steps of {training['batch_size']} rows; scored on up to "
-        f"{size.rows} validation rows of a task; K = {tasks} is given "
-        "but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: what "
-        "the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the first and "
-        "after the last round. ±: one standard deviation over the seeds; rows of other seeds are compared by their "
-        "regret alone. The majority class's are of all validation rows. " + machines(regimes),
+        f"{size.rows} validation rows of a task; K = {tasks} is given but for `fltac+auto`. Score: the mean over "
+        "the tasks of what clients hold after the last round. Regret: what the oracle of the same seed scores "
+        "more. ARI: of all slots' clusters against their tasks, after the first round that groups (`fltac`: the "
+        "second; with products, `+at-once` or `+no-softmax`, and all others: the first) and after the last. ±: one "
+        "standard deviation over the seeds; rows of other seeds are compared by their regret alone. The majority "
+        "class's are of all validation rows. " + machines(regimes),
     ]
     for regime, runs in regimes.items():
         lines += ["", f"## Regime {regime}", "", *table(runs)]
@@ -139,7 +140,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def aris(runs: Sequence[Run]) -> str:
-    """The mean ARI after the first and after the last round, and the least of the last."""
+    """The mean ARI after the first round that groups and after the last, and the least of the last."""
     curves = [curve(run) for run in runs]
     if not all(curves) or not groups(runs[0]["method"]):
         return ""

@@ -48,7 +48,7 @@ COLOUR = {
 
 
 def curve(run: Run) -> list[float]:
-    """ARI by round; empty where nothing is clustered."""
+    """ARI by round, of rounds that group; empty where none does."""
     return [number["clustering"]["ari"] for number in run["rounds"] if number["clustering"]]
 
 
@@ -94,7 +94,7 @@ def ari_figure(regimes: Mapping[str, Runs]) -> Figure:
             curves = np.array([curve(run) for run in own])
             if not groups(method) or not curves.size:
                 continue
-            rounds = range(1, curves.shape[1] + 1)
+            rounds = [record["round"] for record in own[0]["rounds"] if record["clustering"]]
             place.plot(
                 rounds,
                 curves.mean(axis=0),

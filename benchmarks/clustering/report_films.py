@@ -20,20 +20,22 @@ def film_tables() -> list[str]:
         "## Whole runs",
         "",
         "`fltac`: runs that compared products; `fltac-a`: changes of A, summed; `fltac-moments`: second moments of "
-        "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all without the dual softmax. `small`: LoRA in two of "
-        "six layers and batches of 4, as in the small comparison.",
+        "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all without the dual softmax. `fltac-single`: one "
+        "cluster for all in each round, so that all slots always begin alike. `small`: LoRA in two of six layers and "
+        "batches of 4, as in the small comparison.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",
         "|---|---|---|---|",
     ]
     for path, film in films.items():
-        aris = by_round([number["clustering"]["ari"] for number in film["rounds"]])
+        aris = by_round([number["clustering"]["ari"] for number in film["rounds"] if number["clustering"]])
         rows = max(task["n_eval"] for task in film["tasks"].values())
         lines.append(f"| {path.stem} | {aris} | {film['mean_score']:.3f} | {rows} |")
     lines += ["", "## Ways to put rounds together, replayed on these films: ARI by round", ""]
     lines += [
         "After the first round exact for the way that was played alone (of `fltac` and `fltac-a` the sum, of "
-        "`fltac-moments` three directions, with `+2` the same with K + 2), an indication for the others."
+        "`fltac-moments` three directions, with `+2` the same with K + 2), an indication for the others. Of "
+        "`fltac-single` all are exact for what is grouped after so many rounds in which all were together."
     ]
     for ways, about in ((WAYS, "products"), (WAYS_OF_A, "changes of A, without their sign")):
         own = {path: film for path, film in films.items() if ways_of(Recording.load(tensors(path))) is ways}

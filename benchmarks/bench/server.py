@@ -41,8 +41,10 @@ TARGETS = {
 
 
 def settings_of(method: str, *overrides: str) -> ServerSettings:
+    """Of a method that groups after the first round already, which is timed."""
     tree = {"backbone": {"name": "planted"}, "tasks": TASKS}
-    return load_config(tree, [f"method={method}", *overrides]).server_settings
+    at_once = "server.clustering.from_round=1"
+    return load_config(tree, [f"method={method}", at_once, *overrides]).server_settings
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -42,9 +42,12 @@ def squared_agreement(left: FloatArray, right: FloatArray) -> NDArray[np.float64
     Returns:
         float64 ``[n, m]``.
     """
-    inner = left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T
-    each = inner.reshape(len(left), left.shape[1], len(right), right.shape[1])
-    return np.asarray(np.einsum("itjs,itjs->ij", each, each, dtype=np.float64))
+    total = np.zeros((len(left), len(right)), dtype=np.float32)
+    for first in np.moveaxis(left, 1, 0):
+        for second in np.moveaxis(right, 1, 0):
+            inner = first @ second.T
+            total += np.square(inner, out=inner)
+    return total.astype(np.float64)
 
 
 def squared_lengths(rows: FloatArray) -> NDArray[np.float64]:

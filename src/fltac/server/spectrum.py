@@ -61,25 +61,19 @@ def by_landmarks(features: Features, owners: list[str], dimensions: int, seed: i
     dual softmax it is a sample of whole clients, whose slots compete.
     """
     few = sample(len(owners), owners if sharpness else None, seed, WHOLE)
-    among, own = features.learned(few, few), [owners[row] for row in few]
-    pairing = Pairing(among, own, sharpness) if sharpness else None
-    if pairing is not None and not pairing.works:
-        pairing = None
-
-    def compared(rows: Rows) -> Matrix:
-        learned = features.learned(rows, few)
-        if pairing is not None:
-            learned = pairing(learned, [owners[row] for row in rows], few - rows[0])
-        return learned + features.profiled(rows, few)
-
-    if pairing is not None:
-        among = pairing(among, own, np.arange(len(few)))
-    values, vectors = np.linalg.eigh(among + features.profiled(few, few))
+    learned = np.concatenate([features.learned(rows, few) for rows in _parts(owners)])
+    pairing = Pairing(learned[few], [owners[row] for row in few], sharpness) if sharpness else None
+    if pairing is not None and pairing.works:
+        for rows in _parts(owners):
+            learned[rows] = pairing(learned[rows], [owners[row] for row in rows], few - rows[0])
+    for rows in _parts(owners):
+        learned[rows] += features.profiled(rows, few)
+    values, vectors = np.linalg.eigh(learned[few])
     top = slice(max(0, len(values) - dimensions), None)
     values, vectors = values[top][::-1], vectors[:, top][:, ::-1]
     roots = np.sqrt(np.clip(values, 0.0, None))
     turn = vectors * np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 1e-6)
-    return np.concatenate([compared(rows) @ turn for rows in _parts(owners)])
+    return np.asarray(learned @ turn)
 
 
 def _parts(owners: list[str]) -> Iterator[Rows]:

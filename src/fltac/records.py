@@ -233,7 +233,8 @@ class ServerState:
     def received(self, key: SlotKey) -> Adapter:
         """The adapter that a slot continues from: its cluster's, or v0 if it has none yet.
 
-        What it is sent may be cut to its client's rank, or have factors of its own (``server.sending``).
+        What it is sent may be cut to its client's rank, have factors of its own, or be the only cluster's where it was
+        never heard of (``server.sending``).
         """
         for cluster in self.clusters:
             if key in cluster.members:

@@ -60,6 +60,15 @@ def test_as_long_as_all_are_together_a_late_joiner_begins_from_what_they_share(o
         assert learned == pytest.approx(9 - together.adapter["m.lora_A"].max())
 
 
+def test_before_means_are_sent_a_late_joiner_begins_from_v0() -> None:
+    overrides = ("method=fedit", "server.aggregation.from_round=3")
+    before, settings = after_a_round(*overrides), server(*overrides)
+    present = [there("a", TWO, TWO), there("b", TWO), there("c", TWO)]
+    requests = {item.client: item for item in plan_round(admit(before, present, settings), settings, present)}
+    assert requests["c"].slots == {}
+    assert requests["c"].initial is not None
+
+
 def test_a_new_head_is_drawn_for_itself_whoever_brings_it_and_when() -> None:
     settings = server("method=fedit")
     early = admit(state("a"), [there("c", THREE)], settings)

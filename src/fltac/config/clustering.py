@@ -120,6 +120,11 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
     if config.assign == "loss" and rule not in ("kmeans", "spectral"):
         return f"server.clustering.assign: got 'loss' with rule={rule}; allowed with kmeans and spectral"
     if config.from_round and config.from_round > 1:
+        if merging.from_round > 1:
+            return (
+                f"server.clustering.from_round: got {config.from_round}, but with server.aggregation.from_round="
+                f"{merging.from_round} slots do not go on from one mean; allowed: 1"
+            )
         if rule != "spectral":
             return f"server.clustering.from_round: got {config.from_round} with rule={rule}; allowed with spectral"
         if config.assign == "loss" and config.assign_from <= config.from_round:
@@ -131,6 +136,8 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
+    if config.dual_softmax and rule != "spectral":
+        return f"server.clustering.dual_softmax: got {config.dual_softmax:g} with rule={rule}; allowed with spectral"
     if config.dual_softmax and not config.cannot_link:
         return (
             f"server.clustering.dual_softmax: got {config.dual_softmax:g}, but without cannot_link slots of one client "

@@ -12,6 +12,9 @@ OWNED: Tree = {
         "clustering": {
             "rule": "spectral",
             "features": "auto",
+            "extra_eigenvectors": None,
+            "dual_softmax": None,
+            "from_round": None,
             "head": True,
             "cannot_link": True,
             "starts": 20,

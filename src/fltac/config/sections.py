@@ -167,10 +167,8 @@ class Config(Section):
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
             )
         for name, first in (("aggregation", self.server.aggregation.from_round), ("clustering", grouping.from_round)):
-            if first and first > max(1, self.federation.rounds):
-                raise ValueError(
-                    f"server.{name}.from_round: got {first}; at most federation.rounds={self.federation.rounds}"
-                )
+            if first and first > max(1, self.rounds):
+                raise ValueError(f"server.{name}.from_round: got {first}; at most federation.rounds={self.rounds}")
         fault = clustering_fault(grouping, self.server.aggregation, self.pooled)
         if fault is not None:
             raise ValueError(fault)

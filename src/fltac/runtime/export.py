@@ -10,6 +10,7 @@ from fltac.model.merging import merged
 from fltac.model.peft_format import CardFacts, export_adapter
 from fltac.records import HEAD, Adapter, Cluster, ServerState, head_keys
 from fltac.runtime.setup import Experiment
+from fltac.server.sending import Outbox
 
 EXAMPLE = alpaca("Name three colours.", "").text
 """For the model cards of language models; with the chat template a user makes the prompt with the tokenizer."""
@@ -30,12 +31,12 @@ def adapter_folders(state: ServerState) -> dict[tuple[int, str], str]:
 
 def folders_of_tasks(experiment: Experiment, state: ServerState) -> dict[str, dict[str, int]]:
     """For each task the folders of the adapters that its clients received, with the number of clients."""
-    names, assignment = adapter_folders(state), state.assignment()
-    # Without clusters v0 is exported for all; else a slot that has none holds v0, which is in no folder.
+    names, outbox = adapter_folders(state), Outbox(state, experiment.config.server_settings)
+    # Without clusters v0 is exported for all; else a slot that is sent no cluster's holds v0, which is in no folder.
     first = None if state.clusters else 0
     out: dict[str, Counter[str]] = {name: Counter() for name in experiment.tasks}
     for holding in experiment.holdings:
-        cluster = assignment.get(holding.key, first)
+        cluster = outbox.cluster(holding.key) if state.clusters else first
         if cluster is not None and (cluster, holding.head_key) in names:
             out[holding.task][names[cluster, holding.head_key]] += 1
     return {task: dict(counts.most_common()) for task, counts in out.items()}

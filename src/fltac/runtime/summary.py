@@ -33,7 +33,10 @@ def judged(
 
 def no_report(experiment: Experiment, state: ServerState) -> RoundReport:
     """Stands in where a state is scored apart from its round."""
-    clustered = experiment.config.server.clustering.rule not in ("single", "none")
+    settings = experiment.config.server_settings
+    clustered = settings.clustering.rule not in ("single", "none")
+    if settings.clustering.rule == "spectral" and len(state.clusters) == 1 != settings.k:
+        clustered = state.round_number >= (settings.clustering.from_round or 2)  # else nobody was grouped yet
     k = sum(bool(cluster.members) for cluster in state.clusters) if clustered else None
     return RoundReport(state.round_number, (), 0, (), k, None)
 

@@ -81,8 +81,11 @@ def regrouped(
     else:
         plain = [Cluster(cluster.id, without_base(cluster.adapter), ()) for cluster in state.clusters]
         ids = match_clusters([without_base(group.adapter) for group in groups.values()], plain, state.next_cluster_id)
+    # Those of the mean of all are not one cluster's more than another's.
+    divided = len(before) == 1 < len(groups) and not grouping.identities
+    moments = {} if divided else dict(state.optimizer)
     members = {cluster.id: set(cluster.members) - set(grouping.labels) for cluster in state.clusters}
-    adapters, moments = {cluster.id: cluster.adapter for cluster in state.clusters}, dict(state.optimizer)
+    adapters = {cluster.id: cluster.adapter for cluster in state.clusters}
     frozen, shrinkage = settings.aggregation.frozen(number) or (), settings.aggregation.shrinkage
     overall = _mean_of_all(groups) if shrinkage else {}
     for cluster, group in zip(ids, groups.values(), strict=True):

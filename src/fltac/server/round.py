@@ -77,7 +77,9 @@ def plan_round(
     there = _presences(state) if present is None else {item.client: item for item in present}
     cohort = draw_cohort(sorted(there), settings.participation, settings.seed, number, settings.quorum)
     clients, rule = [there[client] for client in cohort], settings.clustering
-    requests = _requests(state, settings, number, clients, rule.by_loss(number))
+    # Among one there is nothing to choose, and choosing makes no more of them; IFCA's are there from the start.
+    choose = rule.by_loss(number) and (rule.rule == "ifca" or len(state.clusters) > 1)
+    requests = _requests(state, settings, number, clients, choose)
     if not rule.profile_rows:
         return requests
     known = {key for key, held in state.memory.items() if PROFILE in held}
@@ -192,7 +194,8 @@ def finish_round(
     cohort = tuple(sorted(request.client for request in requests))
     updates, rejections = accept_updates(replies, requests, Expectations(state.initial, settings, number))
     outbox, completion = Outbox(state, settings), Completion(state.initial)
-    began = {update.key: completion.began(outbox.began(update)) for update in updates}
+    slots = {request.client: request.slots for request in requests}
+    began = {update.key: completion.began(outbox.began(update, slots[update.client])) for update in updates}
     stale = 0
     replied = sorted({update.client for update in updates})
     if len(replied) < settings.quorum:

@@ -1,6 +1,6 @@
 """What a slot is sent, and an upload made whole again: ranks that differ, factors never trained, factors of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from fltac.config import ServerSettings
@@ -15,6 +15,7 @@ class Outbox:
         self._state, self._settings = state, settings
         self._assignment = state.assignment()
         together = settings.clustering.rule in ("single", "spectral") and len(state.clusters) == 1
+        together = together and state.round_number >= settings.aggregation.from_round  # else no means are sent yet
         self._only = state.clusters[0].id if together else None
         self._adapters: dict[int | None, Adapter] = {cluster.id: cluster.adapter for cluster in state.clusters}
         self._adapters[None] = state.initial
@@ -43,9 +44,16 @@ class Outbox:
             self._own[key] = {**shared, **self._state.own[key]}
         return self._own[key]
 
-    def began(self, update: Update) -> Adapter:
-        """What an update began from: the cluster that its client chose, or what its slot was sent."""
-        return self.of(update.key) if update.cluster is None else self.shared(update.cluster, update.client)
+    def began(self, update: Update, slots: Collection[int]) -> Adapter:
+        """What an update began from: the cluster that its client chose, what its slot was sent, or v0.
+
+        Args:
+            update: Of a round that has just ended.
+            slots: Those that the request had an adapter for.
+        """
+        if update.cluster is None and update.slot in slots:
+            return self.of(update.key)
+        return self.shared(update.cluster, update.client)
 
 
 def without_constant(adapter: Adapter, settings: ServerSettings) -> Adapter:

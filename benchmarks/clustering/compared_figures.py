@@ -19,6 +19,7 @@ COLOUR = {
     "fltac-paper": "#c0392b",
     "fltac": "#1f4e8c",
     "fltac+auto": "#e377c2",
+    "fltac+no-softmax": "#74a9cf",
     "fltac+profiles": "#2e8b57",
     "fltac+adjusted": "#7d5ba6",
     "fltac+profiles+adjusted": "#3b9ea5",

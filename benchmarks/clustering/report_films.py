@@ -66,7 +66,7 @@ def ceilings(films: dict[Path, dict[str, Any]]) -> list[str]:
         kernels = [kernel_after(film, rounds, upto) for upto in range(1, rounds + 1)]
         aris = [ceiling(kernel, film.truth[:n], film.clients[:n]) for kernel in kernels]
         lines.append(f"| {path.stem} | {by_round(aris)} |")
-        groups[path.stem.partition("-seed")[0]].append(aris)
+        groups[f"{path.stem.partition('-seed')[0]}, {rounds} rounds"].append(aris)
     means = [(name, own) for name, own in groups.items() if len(own) > 1]
     return lines + [f"| mean of {len(own)} {name} | {by_round(np.mean(own, axis=0).tolist())} |" for name, own in means]
 

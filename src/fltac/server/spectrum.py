@@ -63,10 +63,9 @@ def by_landmarks(features: Features, owners: list[str], dimensions: int, seed: i
     few = sample(len(owners), owners if sharpness else None, seed, WHOLE)
     learned = np.concatenate([features.learned(rows, few) for rows in _parts(owners)])
     pairing = Pairing(learned[few], [owners[row] for row in few], sharpness) if sharpness else None
-    if pairing is not None and pairing.works:
-        for rows in _parts(owners):
-            learned[rows] = pairing(learned[rows], [owners[row] for row in rows], few - rows[0])
     for rows in _parts(owners):
+        if pairing is not None and pairing.works:
+            learned[rows] = pairing(learned[rows], [owners[row] for row in rows], few - rows[0])
         learned[rows] += features.profiled(rows, few)
     values, vectors = np.linalg.eigh(learned[few])
     top = slice(max(0, len(values) - dimensions), None)

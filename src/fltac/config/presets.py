@@ -15,6 +15,7 @@ OWNED: Tree = {
             "extra_eigenvectors": None,
             "dual_softmax": None,
             "from_round": None,
+            "give_back": None,
             "head": True,
             "cannot_link": True,
             "starts": 20,

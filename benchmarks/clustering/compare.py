@@ -124,10 +124,10 @@ VARIANTS: dict[str, list[str]] = {
     "+later": ["server.aggregation.from_round=3"],
     "+loss": BY_LOSS,
     "+single": ["server.clustering.rule=single"],
+    "+hysteresis": ["server.clustering.hysteresis=0.1"],
     "+at-once": ["server.clustering.from_round=1"],
     "+no-softmax": ["server.clustering.from_round=1", "server.clustering.dual_softmax=0"],
-    "+forgotten": ["server.clustering.give_back=0"],
-    "+half-given": ["server.clustering.give_back=0.5"],
+    "+halved": ["server.clustering.memory=0.5"],
 }
 """Of ``fltac``."""
 METHODS: dict[str, list[str]] = {

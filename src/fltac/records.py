@@ -215,8 +215,6 @@ class ServerState:
             are all that is sent.
         optimizer: For each cluster the server optimizer's moments (the layout belongs to
             ``server.aggregation.optimizer``); empty without one.
-        apart: For each slot how far its uploads were from what all went on from, as long as all are one cluster before
-            they are grouped (``server.together``); then empty.
     """
 
     round_number: int
@@ -227,7 +225,6 @@ class ServerState:
     next_cluster_id: int = 0
     own: Mapping[SlotKey, Adapter] = field(default_factory=dict)
     optimizer: Mapping[int, Adapter] = field(default_factory=dict)
-    apart: Mapping[SlotKey, Adapter] = field(default_factory=dict)
 
     def assignment(self) -> dict[SlotKey, int]:
         """The cluster id of every slot that has one."""

@@ -1,14 +1,13 @@
 """Tiny adapters, updates and settings for tests of the server."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fltac.config import ServerSettings, load_config
-from fltac.records import Adapter, Reply, RoundReport, ServerState, Update
-from fltac.server.round import finish_round, init_server, plan_round
+from fltac.records import Adapter, Reply, ServerState, Update
+from fltac.server.round import init_server
 
 BODY = {"m.lora_A": (1, 3), "m.lora_B": (2, 1)}
 HEADS = {"2": (2, 3)}
@@ -62,26 +61,3 @@ def planted(
             updates.append(Update(f"client-{client}", slot, tensors, 1))
             truth.append(int(task))
     return updates, truth
-
-
-def configured(*overrides: str) -> ServerSettings:
-    """Settings of three tasks with all defaults."""
-    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte", "mrpc"]}, overrides)
-    return config.server_settings
-
-
-def start(updates: list[Update], settings: ServerSettings) -> ServerState:
-    """Before the first round of a federation of those who have updates from :func:`planted`."""
-    body = {name: tensor.shape for name, tensor in updates[0].adapter.items() if "lora" in name}
-    return init_server(settings, body, {"2": (2, 12)}, sorted({update.client for update in updates}))
-
-
-def play(state: ServerState, updates: list[Update], settings: ServerSettings) -> tuple[ServerState, RoundReport]:
-    """Each slot learns what its update holds, from whatever it was sent."""
-    own = defaultdict(list)
-    for update in updates:
-        began = state.received(update.key)
-        learned: Adapter = {name: began[name] + tensor for name, tensor in update.adapter.items()}
-        own[update.client].append(Update(update.client, update.slot, learned, 1))
-    replies = [Reply(client, tuple(held)) for client, held in own.items()]
-    return finish_round(state, plan_round(state, settings), replies, settings)

@@ -1,13 +1,37 @@
 """Rounds in which all are one cluster before slots are grouped: what is kept, what is sent, what is told."""
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
+from fltac.config import ServerSettings, load_config
 from fltac.errors import InputError
-from fltac.records import Reply, ServerState, Update
-from fltac.server.round import finish_round, plan_round
-from server.builders import configured, planted, play, server, start
+from fltac.records import Adapter, Reply, RoundReport, ServerState, Update
+from fltac.server.round import finish_round, init_server, plan_round
+from server.builders import planted, server
+
+
+def configured(*overrides: str) -> ServerSettings:
+    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte", "mrpc"]}, overrides)
+    return config.server_settings
+
+
+def start(updates: list[Update], settings: ServerSettings) -> ServerState:
+    body = {name: tensor.shape for name, tensor in updates[0].adapter.items() if "lora" in name}
+    return init_server(settings, body, {"2": (2, 12)}, sorted({update.client for update in updates}))
+
+
+def play(state: ServerState, updates: list[Update], settings: ServerSettings) -> tuple[ServerState, RoundReport]:
+    """Each slot learns what its update holds, from whatever it was sent."""
+    own = defaultdict(list)
+    for update in updates:
+        began = state.received(update.key)
+        learned: Adapter = {name: began[name] + tensor for name, tensor in update.adapter.items()}
+        own[update.client].append(Update(update.client, update.slot, learned, 1))
+    replies = [Reply(client, tuple(held)) for client, held in own.items()]
+    return finish_round(state, plan_round(state, settings), replies, settings)
 
 
 def ari(state: ServerState, updates: list[Update], truth: list[int]) -> float:

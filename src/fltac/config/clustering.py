@@ -44,10 +44,6 @@ class ClusteringConfig(Section):
     all go on from the same adapter: what they learn then tells their tasks apart better than what they learned from v0,
     whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss, or
     means are not sent from the start), 1 with products."""
-    give_back: Annotated[float, Field(ge=0)] | None = None
-    """``spectral``: share of what each slot learned apart from the mean in the rounds before ``from_round``, while all
-    were one cluster, that counts again when that cluster divides. Default: 1 with the aggregation rule ``mean``, else
-    0, for other rules have no mean of factors."""
     cannot_link: bool = True
     """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
     loss; the other rules do not look at it."""
@@ -136,11 +132,6 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
                 f"server.clustering.from_round: got {config.from_round}, but clients choose among clusters from round "
                 f"assign_from={config.assign_from} on; allowed: up to {config.assign_from - 1}"
             )
-    if config.give_back and (rule != "spectral" or aggregation != "mean"):
-        return (
-            f"server.clustering.give_back: got {config.give_back:g} with rule={rule} and server.aggregation.rule="
-            f"{aggregation}; allowed with spectral and mean"
-        )
     if config.held_back and not config.scores:
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":

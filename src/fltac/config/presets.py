@@ -15,7 +15,6 @@ OWNED: Tree = {
             "extra_eigenvectors": None,
             "dual_softmax": None,
             "from_round": None,
-            "give_back": None,
             "head": True,
             "cannot_link": True,
             "starts": 20,

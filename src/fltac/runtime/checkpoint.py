@@ -21,13 +21,13 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as dump_tensors
 
 from fltac.errors import InputError
-from fltac.records import Adapter, Cluster, ServerState, SlotKey
+from fltac.records import Adapter, Cluster, ServerState
 from fltac.runtime.atomic import TEMPORARY, sync_folder, to_json, write_new
 
 FOLDER = "checkpoints"
 TENSORS = "state.safetensors"
 TEXT = "state.json"
-FORMAT = 6
+FORMAT = 5
 REPLACED = ".replaced"
 """Suffix of a checkpoint that is being written again, for the moment between the two renames."""
 
@@ -122,12 +122,6 @@ def _flatten(state: ServerState) -> tuple[Tensors, dict[str, object]]:
             tensors[f"{prefix}/{name}"] = np.asarray(tensor, order="C")
         return list(adapter)
 
-    def by_slot(prefix: str, adapters: Mapping[SlotKey, Adapter]) -> list[dict[str, object]]:
-        return [
-            {"client": client, "slot": slot, "tensors": store(f"{prefix}/{index}", adapter)}
-            for index, ((client, slot), adapter) in enumerate(adapters.items())
-        ]
-
     content: dict[str, object] = {
         "round": state.round_number,
         "next_cluster_id": state.next_cluster_id,
@@ -136,9 +130,14 @@ def _flatten(state: ServerState) -> tuple[Tensors, dict[str, object]]:
         "clusters": [
             {"id": c.id, "members": c.members, "tensors": store(f"cluster/{c.id}", c.adapter)} for c in state.clusters
         ],
-        "memory": by_slot("memory", state.memory),
-        "own": by_slot("own", state.own),
-        "apart": by_slot("apart", state.apart),
+        "memory": [
+            {"client": client, "slot": slot, "tensors": store(f"memory/{index}", adapter)}
+            for index, ((client, slot), adapter) in enumerate(state.memory.items())
+        ],
+        "own": [
+            {"client": client, "slot": slot, "tensors": store(f"own/{index}", adapter)}
+            for index, ((client, slot), adapter) in enumerate(state.own.items())
+        ],
         "optimizer": [
             {"id": number, "tensors": store(f"optimizer/{number}", moments)}
             for number, moments in state.optimizer.items()
@@ -150,12 +149,6 @@ def _flatten(state: ServerState) -> tuple[Tensors, dict[str, object]]:
 def _unflatten(tensors: Tensors, content: Mapping[str, Any]) -> ServerState:
     def fetch(prefix: str, names: list[str]) -> Adapter:
         return {name: tensors[f"{prefix}/{name}"] for name in names}
-
-    def by_slot(prefix: str) -> dict[SlotKey, Adapter]:
-        return {
-            (held["client"], held["slot"]): fetch(f"{prefix}/{index}", held["tensors"])
-            for index, held in enumerate(content[prefix])
-        }
 
     return ServerState(
         round_number=content["round"],
@@ -169,11 +162,13 @@ def _unflatten(tensors: Tensors, content: Mapping[str, Any]) -> ServerState:
             )
             for c in content["clusters"]
         ),
-        memory=by_slot("memory"),
+        memory={
+            (m["client"], m["slot"]): fetch(f"memory/{index}", m["tensors"])
+            for index, m in enumerate(content["memory"])
+        },
         next_cluster_id=content["next_cluster_id"],
-        own=by_slot("own"),
+        own={(o["client"], o["slot"]): fetch(f"own/{index}", o["tensors"]) for index, o in enumerate(content["own"])},
         optimizer={o["id"]: fetch(f"optimizer/{o['id']}", o["tensors"]) for o in content["optimizer"]},
-        apart=by_slot("apart"),
     )
 
 

@@ -40,7 +40,6 @@ def admit(state: ServerState, present: Sequence[Presence], settings: ServerSetti
         ),
         memory={key: learned for key, learned in state.memory.items() if key not in gone},
         own={key: tensors for key, tensors in state.own.items() if key not in gone},
-        apart={key: tensors for key, tensors in state.apart.items() if key not in gone},
     )
 
 

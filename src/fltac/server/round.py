@@ -30,7 +30,6 @@ from fltac.server.first import first_adapter, first_clusters
 from fltac.server.grouping import ACCUMULATING, Evidence, Grouping
 from fltac.server.rules import group_slots
 from fltac.server.sending import Completion, Outbox, own_part, without_constant
-from fltac.server.together import apart, given_back, share_of
 from fltac.server.validation import Expectations, accept_late, accept_updates
 
 
@@ -223,9 +222,7 @@ def finish_round(
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)
-        share = share_of(settings)
-        counted = given_back(state, updates, share) if grouping.clustered and state.apart else updates
-        clustered = regrouped(state, counted, began, grouping, settings)
+        clustered = regrouped(state, updates, began, grouping, settings)
     clusters, own = clustered.clusters, {update.key: own_part(update, settings, number) for update in updates}
     if not 1 < settings.aggregation.from_round <= number:  # then means take the place of what slots had alone
         own = {**state.own, **own}
@@ -238,7 +235,6 @@ def finish_round(
         next_cluster_id=max([state.next_cluster_id, *(cluster.id + 1 for cluster in clusters)]),
         own={key: tensors for key, tensors in own.items() if tensors},
         optimizer=clustered.optimizer,
-        apart=apart(state, updates, clusters[0].adapter) if share and not grouping.clustered else {},
     )
     k = sum(bool(cluster.members) for cluster in clusters) if grouping.clustered else None
     report = RoundReport(

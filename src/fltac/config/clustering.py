@@ -39,13 +39,11 @@ class ClusteringConfig(Section):
     A are compared, 0 with products."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
-    across: Literal["first", "all"] = "first"
-    """``spectral``, where changes of A are compared: ``first``: what a slot learned in its first round with what
-    another learned in all of its rounds, and the other way round, since slots that go on from the same adapter learn
-    alike, whatever their task; ``all``: all rounds of the one with all of the other."""
-    from_round: Positive = 1
-    """``spectral``: the first round after which slots are grouped. After those before it all are one cluster and go on
-    from the same adapter."""
+    from_round: Positive | None = None
+    """``spectral``: the first round after which slots are grouped. After those before it all are one cluster, so that
+    all go on from the same adapter: what they learn then tells their tasks apart better than what they learned from v0,
+    whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss, or
+    means are not sent from the start), 1 with products."""
     cannot_link: bool = True
     """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
     loss; the other rules do not look at it."""
@@ -121,7 +119,7 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral"
     if config.assign == "loss" and rule not in ("kmeans", "spectral"):
         return f"server.clustering.assign: got 'loss' with rule={rule}; allowed with kmeans and spectral"
-    if config.from_round > 1:
+    if config.from_round and config.from_round > 1:
         if merging.from_round > 1:
             return (
                 f"server.clustering.from_round: got {config.from_round}, but with server.aggregation.from_round="
@@ -138,11 +136,6 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
-    if config.across == "all" and (rule != "spectral" or config.features == "products"):
-        return (
-            f"server.clustering.across: got 'all' with rule={rule} and features={config.features}; allowed with "
-            "spectral that compares changes of A"
-        )
     if config.dual_softmax and rule != "spectral":
         return f"server.clustering.dual_softmax: got {config.dual_softmax:g} with rule={rule}; allowed with spectral"
     if config.dual_softmax and not config.cannot_link:

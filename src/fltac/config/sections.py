@@ -167,7 +167,7 @@ class Config(Section):
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
             )
         for name, first in (("aggregation", self.server.aggregation.from_round), ("clustering", grouping.from_round)):
-            if first > max(1, self.rounds):
+            if first and first > max(1, self.rounds):
                 raise ValueError(f"server.{name}.from_round: got {first}; at most federation.rounds={self.rounds}")
         fault = clustering_fault(grouping, self.server.aggregation, self.pooled)
         if fault is not None:
@@ -187,14 +187,17 @@ class Config(Section):
     @property
     def server_settings(self) -> ServerSettings:
         """The part of the configuration that the server may see."""
+        grouping, aggregation = self.server.clustering, self.server.aggregation
+        if grouping.from_round is None and (self.rounds < 2 or grouping.assign == "loss" or aggregation.from_round > 1):
+            grouping = grouping.model_copy(update={"from_round": 1})
         return ServerSettings(
             seed=self.federation.seed if self.server.seed is None else self.server.seed,
             participation=1.0 if self.pooled else self.federation.participation,
             quorum=1 if self.pooled else self.federation.quorum,
             stale=self.federation.stale,
             k=self.clusters,
-            clustering=self.server.clustering,
-            aggregation=self.server.aggregation,
+            clustering=grouping,
+            aggregation=aggregation,
             ranks=self.lora.ranks,
         )
 

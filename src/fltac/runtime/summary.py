@@ -11,6 +11,7 @@ from fltac.runtime.export import folders_of_tasks
 from fltac.runtime.loop import Record
 from fltac.runtime.run_directory import peak_rss_bytes
 from fltac.runtime.setup import Experiment, rounds_taken
+from fltac.server.grouping import FROM_ROUND_OF_A
 
 
 def judged(
@@ -37,7 +38,7 @@ def no_report(experiment: Experiment, state: ServerState) -> RoundReport:
     clustered = settings.clustering.rule not in ("single", "none")
     if settings.clustering.rule == "spectral" and len(state.clusters) == 1 != settings.k:
         # Before, nobody was grouped yet.
-        clustered = state.round_number >= settings.clustering.from_round
+        clustered = state.round_number >= (settings.clustering.from_round or FROM_ROUND_OF_A)
     k = sum(bool(cluster.members) for cluster in state.clusters) if clustered else None
     return RoundReport(state.round_number, (), 0, (), k, None)
 

@@ -3,13 +3,13 @@
 Of each adapted matrix the change of the product ``B A``, or that of A alone (``server.clustering.features``). In
 ``ServerState.memory`` a slot has the tensor ``body`` with the sketches of all of them one after the other, and
 ``head.<key>`` for each head that it ever sent, both ``[directions, width]``. Products are summed: since sketches are
-linear, that is adding numbers. Of changes of A, which are compared without their sign, the first is kept and the
-leading directions of the later ones (``server.directions``): as many as the server had rounds, up to three. Beside them
-lies its ``profile``, if it has sent one.
+linear, that is adding numbers. Of changes of A, which are compared without their sign, the leading directions are kept
+(``server.directions``): as many as the server had rounds, up to three. Beside them lies its ``profile``, if it has
+sent one.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -76,8 +76,6 @@ class Changes:
         heads: By head key.
         profiles: Of the rows that the slots train on, where they were asked for.
         of_a: Whether ``body`` holds changes of A alone.
-        by_first: Of changes of A: whether a slot's first round is compared with all rounds of the others, both ways, or
-            all rounds with all.
     """
 
     keys: tuple[SlotKey, ...]
@@ -86,7 +84,6 @@ class Changes:
     heads: Mapping[str, Vectors]
     profiles: Vectors | None = None
     of_a: bool = False
-    by_first: bool = True
 
     def only(self, rows: NDArray[np.int64]) -> "Changes":
         """Of some slots, given as sorted indices."""
@@ -100,7 +97,7 @@ class Changes:
 
         heads = {key: found for key, own in self.heads.items() if (found := of(own)) is not None}
         keys = tuple(self.keys[row] for row in rows.tolist())
-        return replace(self, keys=keys, body=self.body[rows], heads=heads, profiles=of(self.profiles))
+        return Changes(keys, self.body[rows], self.modules, heads, of(self.profiles), self.of_a)
 
     def memory(self) -> dict[SlotKey, Adapter]:
         """The same by slot, as ``ServerState`` holds it: views, no copies."""

@@ -20,6 +20,8 @@ CHOOSING_STARTS = 5
 """Of K-means, for each K that is tried."""
 EXTRA_OF_A = 2
 """Eigenvectors beyond K where changes of A are compared."""
+FROM_ROUND_OF_A = 2
+"""The first round after which slots are grouped, where changes of A are compared."""
 SHARPNESS_OF_A = 1.5
 """Of the dual softmax, where changes of A are compared and a client's slots are of different tasks."""
 HARM = 0.1
@@ -85,9 +87,8 @@ def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
 def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     """K-means over the leading eigenvectors of the kernel of all that each slot has learned; all known slots."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
-    rule = settings.clustering
-    changes = replace(evidence.changes, by_first=rule.across == "first")
-    first = rule.from_round
+    changes, rule = evidence.changes, settings.clustering
+    first = _first_round(evidence, rule.from_round)
     if evidence.round_number < first or (first > 1 and not evidence.state.clusters):  # else not all began alike
         return _single(evidence, settings)
     seed = derive(settings.seed, "embedding", evidence.round_number)
@@ -106,6 +107,12 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight, sharpness)
     found = _grouped(changes.keys, points, k, evidence, settings)
     return replace(found, residuals=residuals, profiled=profiled)
+
+
+def _first_round(evidence: Evidence, configured: int | None) -> int:
+    """After which slots are grouped first."""
+    assert evidence.changes is not None, "the rule 'spectral' accumulates"
+    return configured or (FROM_ROUND_OF_A if evidence.changes.of_a else 1)
 
 
 def _leading(similarity: Matrix, extra: int, k: int) -> Matrix:
@@ -130,7 +137,7 @@ def _choice(
     few = changes.only(sample(len(owners), owners if rule.cannot_link else None, seed, WHOLE))
     own = [client for client, _ in few.keys] if rule.cannot_link else None
     before = sum(bool(cluster.members) for cluster in evidence.state.clusters) or None
-    if len(evidence.state.clusters) == 1 and rule.from_round > 1:
+    if len(evidence.state.clusters) == 1 and _first_round(evidence, rule.from_round) > 1:
         before = None  # nobody chose to put all together
     choices = []
     for part in [few] if few.profiles is None else [few, replace(few, profiles=None)]:

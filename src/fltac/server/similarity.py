@@ -8,16 +8,14 @@ added, so that no loud layer decides alone, and the common factor alpha / r canc
 ``a``: of the change of A, and half as much of the heads, both without their sign, between slots as from round to round
 (``server.directions``). A's change says which inputs a task reads. B's and the head's say where they push the output
 to, and a client whose labels are skewed pushes all its tasks one way, another client the other way: the sign is loud
-and says nothing of the task. What one slot learned in its first round, from v0, is compared with what another learned
-in all of its rounds, and the other way round; what both learned later is not, for slots that go on from one mean learn
-alike, and a wrong group would stay together by what it was sent.
+and says nothing of the task.
 
 ``products``: of the change of the product ``B A``, with its sign. It does not change under ``A -> R A, B -> B R^-1``.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -96,40 +94,37 @@ class Features:
         """
         n, modules = len(changes.keys), changes.modules
         self._changes = changes
-        every, weight = np.arange(n), 1.0 / max(1, len(modules))
-        self._body = [
-            self._scaled([Vectors(every, changes.body[:, :, columns])], weight, changes.of_a)[0] for columns in modules
-        ]
         heads = list(changes.heads.values()) if head else []
-        self._heads = self._scaled(heads, HEAD_OF_A if changes.of_a else 1.0, changes.of_a)
-        self._profiles: list[_Part] = []
+        self._scales = np.empty((n, len(modules)), dtype=np.float32)
+        for module, columns in enumerate(modules):
+            own = Vectors(np.arange(n), changes.body[:, :, columns])
+            self._scales[:, module] = _scale(_squares([own], n, changes.of_a), 1.0 / len(modules))
+        self._widths = [columns.stop - columns.start for columns in modules]
+        scale = _scale(_squares(heads, n, changes.of_a), HEAD_OF_A if changes.of_a else 1.0)
+        # What is compared besides the body: vectors, and for each of their rows what makes it one of the kernel's.
+        self._heads = [(own, scale[own.rows]) for own in heads]
+        self._profiles: list[tuple[Vectors, FloatArray]] = []
         if changes.profiles is not None:
-            self._profiles = self._scaled([_centred(changes.profiles)], profile_weight, unsigned=False)
-        self.shape = (n, changes.body.shape[-1] + sum(part.own.values.shape[-1] for part in self._others))
-
-    def _scaled(self, vectors: Sequence[Vectors], weight: float, unsigned: bool) -> list["_Part"]:
-        """Vectors of one kind, so that a slot's cosine with itself has this weight."""
-        n, several = len(self._changes.keys), any(own.values.shape[1] > 1 for own in vectors)
-        scale = _scale(_squares(vectors, n, unsigned), weight)
-        if not (unsigned and several and self._changes.by_first):
-            return [_Part(own, scale[own.rows], None) for own in vectors]
-        alone = [Vectors(own.rows, own.values[:, :1]) for own in vectors]
-        first = _scale(_squares(alone, n, unsigned), weight)
-        return [_Part(own, scale[own.rows], first[own.rows]) for own in vectors]
+            centred = _centred(changes.profiles)
+            squares = _squares([centred], n, unsigned=False)[centred.rows]
+            self._profiles.append((centred, _scale(squares, profile_weight)))
+        self.shape = (n, changes.body.shape[-1] + sum(own.values.shape[-1] for own, _ in self._others))
 
     @property
-    def _others(self) -> list["_Part"]:
-        """What is compared besides the body."""
+    def _others(self) -> list[tuple[Vectors, FloatArray]]:
         return [*self._heads, *self._profiles]
 
     def block(self, start: int, stop: int) -> FloatArray:
         """Rows of a range, of products: float32 ``[stop - start, width]``."""
         assert not self._changes.of_a, "a kernel without signs is no inner product of rows"
-        out, end = np.zeros((stop - start, self.shape[1]), dtype=np.float32), 0
-        for part in [*self._body, *self._others]:
-            begin, end = end, end + part.own.values.shape[-1]
-            some = slice(*np.searchsorted(part.own.rows, (start, stop)))
-            out[part.own.rows[some] - start, begin:end] = part.own.values[some, 0] * part.scale[some, None]
+        out = np.zeros((stop - start, self.shape[1]), dtype=np.float32)
+        end = self._changes.body.shape[-1]
+        scales = np.repeat(self._scales[start:stop], self._widths, axis=1)
+        np.multiply(self._changes.body[start:stop, 0], scales, out=out[:, :end])
+        for own, scale in self._others:
+            begin, end = end, end + own.values.shape[-1]
+            part = slice(*np.searchsorted(own.rows, (start, stop)))
+            out[own.rows[part] - start, begin:end] = own.values[part, 0] * scale[part, None]
         return out
 
     def learned(self, rows: Rows, columns: Rows) -> Matrix:
@@ -137,9 +132,10 @@ class Features:
 
         Matrix by matrix, so that nothing of the size of all rows is made.
         """
-        unsigned, total = self._changes.of_a, np.zeros((len(rows), len(columns)))
-        for part in self._body:
-            total += _inner([part], rows, columns, unsigned)
+        unsigned, every = self._changes.of_a, np.arange(self.shape[0])
+        total = np.zeros((len(rows), len(columns)))
+        for scale, part in zip(self._scales.T, self._changes.modules, strict=True):
+            total += _inner([(Vectors(every, self._changes.body[:, :, part]), scale)], rows, columns, unsigned)
         return total + _inner(self._heads, rows, columns, unsigned)
 
     def profiled(self, rows: Rows, columns: Rows) -> Matrix:
@@ -159,42 +155,17 @@ class Features:
             yield slice(start, stop), self.block(start, stop)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What some slots have, and for each of them what makes it one of the kernel's rows.
-
-    Attributes:
-        own: What they have.
-        scale: float32 ``[m]``: of all directions.
-        first: Of the first direction alone, where it is compared with all of another slot's; None where all are.
-    """
-
-    own: Vectors
-    scale: FloatArray
-    first: FloatArray | None
-
-
-def _inner(parts: Sequence[_Part], rows: Rows, columns: Rows, unsigned: bool) -> Matrix:
+def _inner(parts: Sequence[tuple[Vectors, FloatArray]], rows: Rows, columns: Rows, unsigned: bool) -> Matrix:
     """Inner products of what some slots have, each row times its scale; without signs, of second moments, rooted."""
-    there, back = (np.zeros((len(rows), len(columns))) for _ in range(2))
-    for part in parts:
+    total = np.zeros((len(rows), len(columns)))
+    for own, scale in parts:
         (left, left_place), (right, right_place) = (
-            np.intersect1d(part.own.rows, wanted, assume_unique=True, return_indices=True)[1:]
-            for wanted in (rows, columns)
+            np.intersect1d(own.rows, wanted, assume_unique=True, return_indices=True)[1:] for wanted in (rows, columns)
         )
-        one, other = (part.own.values[some] * part.scale[some, None, None] for some in (left, right))
-        cells = np.ix_(left_place, right_place)
-        if not unsigned:
-            there[cells] += one[:, 0] @ other[:, 0].T
-        elif part.first is None:
-            there[cells] += squared_agreement(one, other)
-        else:
-            first, its_first = (part.own.values[some, :1] * part.first[some, None, None] for some in (left, right))
-            there[cells] += squared_agreement(first, other)
-            back[cells] += squared_agreement(one, its_first)
-    if any(part.first is not None for part in parts):
-        return np.asarray((np.sqrt(there) + np.sqrt(back)) / 2)
-    return np.sqrt(there) if unsigned else there
+        first, second = (own.values[some] * scale[some, None, None] for some in (left, right))
+        inner = squared_agreement(first, second) if unsigned else first[:, 0] @ second[:, 0].T
+        total[np.ix_(left_place, right_place)] += inner
+    return np.sqrt(total) if unsigned else total
 
 
 def _centred(profiles: Vectors) -> Vectors:

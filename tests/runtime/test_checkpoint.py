@@ -39,6 +39,8 @@ def states(draw: st.DrawFn) -> ServerState:
         clusters=clusters,
         memory=draw(st.dictionaries(keys, adapters, max_size=3)),
         next_cluster_id=draw(st.integers(0, 99)),
+        own=draw(st.dictionaries(keys, adapters, max_size=2)),
+        optimizer=draw(st.dictionaries(st.integers(0, 20), adapters, max_size=2)),
     )
 
 
@@ -63,11 +65,15 @@ def assert_same_state(ours: ServerState, theirs: ServerState) -> None:
     )
     assert_same_adapter(ours.initial, theirs.initial)
     assert [(c.id, c.members) for c in ours.clusters] == [(c.id, c.members) for c in theirs.clusters]
-    for mine, other in zip(ours.clusters, theirs.clusters, strict=True):
-        assert_same_adapter(mine.adapter, other.adapter)
-    assert list(ours.memory) == list(theirs.memory)
-    for key in ours.memory:
-        assert_same_adapter(ours.memory[key], theirs.memory[key])
+    for cluster, its in zip(ours.clusters, theirs.clusters, strict=True):
+        assert_same_adapter(cluster.adapter, its.adapter)
+    for mine, other in ((ours.memory, theirs.memory), (ours.own, theirs.own)):
+        assert list(mine) == list(other)
+        for key in mine:
+            assert_same_adapter(mine[key], other[key])
+    assert list(ours.optimizer) == list(theirs.optimizer)
+    for number, moments in ours.optimizer.items():
+        assert_same_adapter(moments, theirs.optimizer[number])
 
 
 def folders(run: Path) -> list[str]:

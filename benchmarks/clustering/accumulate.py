@@ -53,9 +53,35 @@ def last(parts: Gram) -> Gram:
 
 def moments(parts: Gram, kept: int | None = None) -> Gram:
     """The cosine of second moments, rooted; of so many leading directions, added round by round, or of all."""
+    inner = _between(parts, _turns(parts, kept or len(parts)))
+    return np.asarray(np.sqrt(cosine(np.einsum("irjz,irjz->ij", inner, inner))))
+
+
+def by_first(parts: Gram, kept: int | None = None) -> Gram:
+    """The first round's change with the second moment of all rounds, both ways: what was learned from v0 alone counts.
+
+    Args:
+        parts: Of the rounds' changes.
+        kept: So many directions: the first round's, and the leading ones of the later rounds; None: all.
+    """
     rounds, n = parts.shape[:2]
-    kept = kept or rounds
-    turns = np.zeros((n, kept, rounds))  # a slot's directions in terms of its rounds' changes
+    turns = np.zeros((n, min(kept or rounds, rounds), rounds))
+    turns[:, 0, 0] = 1
+    if rounds > 1:
+        turns[:, 1:, 1:] = _turns(parts[1:, :, 1:], turns.shape[1] - 1)
+    inner = _between(parts, turns)
+    alone = np.einsum("ii->i", inner[:, 0, :, 0])
+    whole = np.sqrt(np.einsum("iriz,iriz->i", inner, inner))
+    lengths = np.outer(alone, whole)
+    agreement = np.einsum("ijz,ijz->ij", inner[:, 0], inner[:, 0])
+    there = np.sqrt(np.divide(agreement, lengths, out=np.zeros_like(lengths), where=lengths > 0))
+    return np.asarray((there + there.T) / 2)
+
+
+def _turns(parts: Gram, kept: int) -> Gram:
+    """Each slot's leading directions, added round by round, in terms of its rounds' changes: [n, kept, rounds]."""
+    rounds, n = parts.shape[:2]
+    turns = np.zeros((n, kept, rounds))
     for slot, own in enumerate(np.einsum("tisi->its", parts)):
         held = np.zeros((0, rounds))
         for number in range(rounds):
@@ -63,13 +89,18 @@ def moments(parts: Gram, kept: int | None = None) -> Gram:
             if len(held) > kept:
                 held = np.linalg.eigh(held @ own @ held.T)[1].T[:0:-1] @ held
         turns[slot, : len(held)] = held
-    inner = np.einsum("irt,tisj,jzs->irjz", turns, parts, turns, optimize=True)
-    squared = np.einsum("irjz,irjz->ij", inner, inner)
-    return np.asarray(np.sqrt(cosine(squared)))
+    return turns
 
 
-UNSHARPENED = f"{DIRECTIONS} directions, K + {EXTRA_OF_A}"
+def _between(parts: Gram, turns: Gram) -> Gram:
+    """The inner products of all directions: ``[n, kept, n, kept]``."""
+    return np.asarray(np.einsum("irt,tisj,jzs->irjz", turns, parts, turns, optimize=True))
+
+
+MORE = f"K + {EXTRA_OF_A}"
+UNSHARPENED = f"{DIRECTIONS} directions, {MORE}"
 DEFAULT = f"{UNSHARPENED}, dual softmax"
+BY_FIRST = f"the first round with all, {MORE}, dual softmax"
 WAYS: dict[str, Joined] = {"sum": summed, "scaled": scaled, "mean": mean, "last": last, "agreeing": summed}
 """Of products: changes summed; each scaled to length 1 first; the mean of the rounds' kernels; the last round's alone;
 summed, with matrices weighted by how well they agree."""
@@ -83,9 +114,10 @@ WAYS_OF_A: dict[str, Joined] = {
     "second moments": moments,
     UNSHARPENED: partial(moments, kept=DIRECTIONS),
     DEFAULT: partial(moments, kept=DIRECTIONS),
+    BY_FIRST: partial(by_first, kept=DIRECTIONS),
 }
 """Of changes of A, without their sign: summed; the mean of the rounds' kernels; the last round's alone; their second
-moments, of which so many leading directions are kept, or all."""
+moments, of which so many leading directions are kept, or all; the first round's with those of all."""
 
 
 def ways_of(film: Recording) -> dict[str, Joined]:
@@ -115,8 +147,8 @@ def compared_after(film: Recording, rounds: int, upto: int, way: str | None = No
 
 def points_of(film: Recording, rounds: int, upto: int, k: int, way: str | None = None) -> Points:
     """What is clustered after some rounds: ``[n, k]``, or so many eigenvectors more as the default or a way says."""
-    more = "a" in film.grams if way is None else way in (UNSHARPENED, DEFAULT)
-    sharpened = way in (None, DEFAULT)
+    more = "a" in film.grams if way is None else MORE in way
+    sharpened = way in (None, DEFAULT, BY_FIRST)
     kernel = (compared_after if sharpened else kernel_after)(film, rounds, upto, way)
     return leading(kernel, k + EXTRA_OF_A * more)
 

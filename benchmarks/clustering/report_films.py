@@ -21,7 +21,9 @@ def film_tables() -> list[str]:
         "",
         "`fltac`: runs that compared products; `fltac-a`: changes of A, summed; `fltac-moments`: second moments of "
         "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all without the dual softmax. `fltac-single`: one "
-        "cluster for all in each round, so that all slots always begin alike. `small`: LoRA in two of six layers and "
+        "cluster for all in each round, so that all slots always begin alike; `fltac-own`: each slot went on from its "
+        "own upload until the third round; `fltac-first`: grouped at once, with the dual softmax, each slot's first "
+        "round compared with all rounds of the others (a trial, reverted). `small`: LoRA in two of six layers and "
         "batches of 4, as in the small comparison.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",

@@ -127,7 +127,7 @@ VARIANTS: dict[str, list[str]] = {
     "+hysteresis": ["server.clustering.hysteresis=0.1"],
     "+at-once": ["server.clustering.from_round=1"],
     "+no-softmax": ["server.clustering.from_round=1", "server.clustering.dual_softmax=0"],
-    "+halved": ["server.clustering.memory=0.5"],
+    "+if-clear": ["server.clustering.from_round=auto"],
 }
 """Of ``fltac``."""
 METHODS: dict[str, list[str]] = {

@@ -269,6 +269,7 @@ class RoundReport:
         residuals: Where the server chose K: for each K that it tried, how badly the means of groups predict their
             members.
         profiled: Whether the clients' profiles counted; None where there are none.
+        agreement: Of groups found in halves of what was learned, where that decided whether slots are grouped.
         product_error: How far the clusters' products are from the exact means of their members' products, relative
             (``server.aggregation.error``); None where nothing was averaged or the products are zero.
     """
@@ -284,6 +285,7 @@ class RoundReport:
     confidence: Mapping[SlotKey, float] = field(default_factory=dict)
     residuals: Mapping[int, float] | None = None
     profiled: bool | None = None
+    agreement: float | None = None
 
     def evidence(self) -> dict[str, object]:
         """For a round's record: how sure the grouping is, the five least sure slots, and the errors of each K."""
@@ -296,6 +298,5 @@ class RoundReport:
             }
         if self.residuals is not None:
             out["residuals"] = {str(k): value for k, value in self.residuals.items()}
-        if self.profiled is not None:
-            out["profiled"] = self.profiled
-        return out
+        told = {"profiled": self.profiled, "agreement": self.agreement}
+        return out | {name: value for name, value in told.items() if value is not None}

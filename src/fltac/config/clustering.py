@@ -39,11 +39,12 @@ class ClusteringConfig(Section):
     A are compared, 0 with products."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
-    from_round: Positive | None = None
+    from_round: Positive | Literal["auto"] | None = None
     """``spectral``: the first round after which slots are grouped. After those before it all are one cluster, so that
     all go on from the same adapter: what they learn then tells their tasks apart better than what they learned from v0,
     whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss, or
-    means are not sent from the start), 1 with products."""
+    means are not sent from the start), 1 with products. ``auto``: after the first where groups found in one half of
+    the adapted matrices agree with those of the other, else after the second."""
     cannot_link: bool = True
     """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
     loss; the other rules do not look at it."""
@@ -84,6 +85,11 @@ class ClusteringConfig(Section):
     """``fedlease``: the most clusters that the silhouette chooses from."""
 
     @property
+    def latest_first_round(self) -> int:
+        """The last round that may be the first after which slots are grouped; 1 where nothing is said."""
+        return 2 if self.from_round == "auto" else self.from_round or 1
+
+    @property
     def scores(self) -> bool:
         """Whether clients choose their clusters in any round."""
         return self.rule == "ifca" or self.assign == "loss"
@@ -119,7 +125,7 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return f"server.clustering.k: got auto, but rule {rule} needs a number; allowed with spectral"
     if config.assign == "loss" and rule not in ("kmeans", "spectral"):
         return f"server.clustering.assign: got 'loss' with rule={rule}; allowed with kmeans and spectral"
-    if config.from_round and config.from_round > 1:
+    if config.latest_first_round > 1:
         if merging.from_round > 1:
             return (
                 f"server.clustering.from_round: got {config.from_round}, but with server.aggregation.from_round="
@@ -127,7 +133,7 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
             )
         if rule != "spectral":
             return f"server.clustering.from_round: got {config.from_round} with rule={rule}; allowed with spectral"
-        if config.assign == "loss" and config.assign_from <= config.from_round:
+        if config.assign == "loss" and config.assign_from <= config.latest_first_round:
             return (
                 f"server.clustering.from_round: got {config.from_round}, but clients choose among clusters from round "
                 f"assign_from={config.assign_from} on; allowed: up to {config.assign_from - 1}"

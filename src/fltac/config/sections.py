@@ -166,9 +166,13 @@ class Config(Section):
             raise ValueError(
                 f"federation.quorum: got {self.federation.quorum}; at most federation.clients={self.federation.clients}"
             )
-        for name, first in (("aggregation", self.server.aggregation.from_round), ("clustering", grouping.from_round)):
-            if first and first > max(1, self.rounds):
-                raise ValueError(f"server.{name}.from_round: got {first}; at most federation.rounds={self.rounds}")
+        merging, rounds = self.server.aggregation.from_round, max(1, self.rounds)
+        if merging > rounds:
+            raise ValueError(f"server.aggregation.from_round: got {merging}; at most federation.rounds={self.rounds}")
+        if grouping.latest_first_round > rounds:
+            raise ValueError(
+                f"server.clustering.from_round: got {grouping.from_round}; at most federation.rounds={self.rounds}"
+            )
         fault = clustering_fault(grouping, self.server.aggregation, self.pooled)
         if fault is not None:
             raise ValueError(fault)

@@ -38,7 +38,8 @@ def no_report(experiment: Experiment, state: ServerState) -> RoundReport:
     clustered = settings.clustering.rule not in ("single", "none")
     if settings.clustering.rule == "spectral" and len(state.clusters) == 1 != settings.k:
         # Before, nobody was grouped yet.
-        clustered = state.round_number >= (settings.clustering.from_round or FROM_ROUND_OF_A)
+        first = settings.clustering.from_round
+        clustered = state.round_number >= (first if isinstance(first, int) else FROM_ROUND_OF_A)
     k = sum(bool(cluster.members) for cluster in state.clusters) if clustered else None
     return RoundReport(state.round_number, (), 0, (), k, None)
 

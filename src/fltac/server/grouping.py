@@ -9,6 +9,7 @@ import numpy as np
 from fltac.config import ServerSettings
 from fltac.records import Adapter, ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
+from fltac.server.agreement import ENOUGH, agreement
 from fltac.server.changes import Changes
 from fltac.server.choosing import Choice, choose_k, confidence
 from fltac.server.clustering import Points, group, keep_or_move, sample, silhouette
@@ -21,7 +22,7 @@ CHOOSING_STARTS = 5
 EXTRA_OF_A = 2
 """Eigenvectors beyond K where changes of A are compared."""
 FROM_ROUND_OF_A = 2
-"""The first round after which slots are grouped, where changes of A are compared."""
+"""The first round after which slots are grouped, where changes of A are compared; at the latest, with ``auto``."""
 SHARPNESS_OF_A = 1.5
 """Of the dual softmax, where changes of A are compared and a client's slots are of different tasks."""
 HARM = 0.1
@@ -42,6 +43,8 @@ class Grouping:
         residuals: For each K that was tried the error of its prediction, where K was chosen.
         profiled: Whether the clients' profiles counted; None where there are none.
         memory: What the rule keeps of each slot for later rounds, where it does so itself.
+        agreement: Of groups found in halves of what was learned (``server.agreement``), where that decided whether
+            slots are grouped.
     """
 
     labels: Mapping[SlotKey, int]
@@ -52,6 +55,7 @@ class Grouping:
     residuals: Mapping[int, float] | None = None
     profiled: bool | None = None
     memory: Mapping[SlotKey, Adapter] | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,9 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     """K-means over the leading eigenvectors of the kernel of all that each slot has learned; all known slots."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
     changes, rule = evidence.changes, settings.clustering
-    first = _first_round(evidence, rule.from_round)
-    if evidence.round_number < first or (first > 1 and not evidence.state.clusters):  # else not all began alike
+    first, together = _first_round(evidence, rule.from_round), bool(evidence.state.clusters)
+    asked = rule.from_round == "auto" and first > 1 and not together
+    if not asked and (evidence.round_number < first or (first > 1 and not together)):  # else not all began alike
         return _single(evidence, settings)
     seed = derive(settings.seed, "embedding", evidence.round_number)
     k, residuals, profiled = settings.k, None, None
@@ -104,15 +109,24 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
             k, residuals = choice.k, choice.residuals
         if not profiled:
             changes = replace(changes, profiles=None)
+    agreed = None
+    if asked:
+        halves = derive(settings.seed, "halves", evidence.round_number)
+        weight, apart = rule.profile_weight, rule.cannot_link
+        agreed = agreement(changes, rule.head, k, extra, halves, weight, sharpness, apart)
+        if agreed is not None and agreed < ENOUGH:
+            return replace(_single(evidence, settings), agreement=agreed)
     points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight, sharpness)
     found = _grouped(changes.keys, points, k, evidence, settings)
-    return replace(found, residuals=residuals, profiled=profiled)
+    return replace(found, residuals=residuals, profiled=profiled, agreement=agreed)
 
 
-def _first_round(evidence: Evidence, configured: int | None) -> int:
-    """After which slots are grouped first."""
+def _first_round(evidence: Evidence, configured: int | str | None) -> int:
+    """After which slots are grouped first; with ``auto`` at the latest."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
-    return configured or (FROM_ROUND_OF_A if evidence.changes.of_a else 1)
+    if isinstance(configured, int):
+        return configured
+    return FROM_ROUND_OF_A if evidence.changes.of_a or configured == "auto" else 1
 
 
 def _leading(similarity: Matrix, extra: int, k: int) -> Matrix:

@@ -249,6 +249,7 @@ def finish_round(
         grouping.confidence,
         grouping.residuals,
         grouping.profiled,
+        grouping.agreement,
     )
     return after, report
 

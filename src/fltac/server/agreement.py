@@ -1,0 +1,61 @@
+"""Whether what slots have learned tells them apart: do the groups found in one half of it agree with the other's?
+
+After the first round from v0 some federations can be grouped as they are, others are better left together for one more
+round (``server.clustering.from_round: auto``). How many slots a grouping has wrong the server cannot see. But where the
+groups found in two halves of the adapted matrices are alike, they are mostly right as well (``docs/clustering.md``).
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from sklearn.metrics import adjusted_rand_score
+
+from fltac.seeding import derive
+from fltac.server.changes import Changes
+from fltac.server.clustering import group, sample
+from fltac.server.spectrum import embedding
+
+ENOUGH = 0.7
+"""Of agreement, so that slots are grouped: in the lab's first rounds below it most groupings are poor."""
+DRAWS = 8
+"""Of halves."""
+MOST = 128
+"""So many slots are looked at, of whole clients."""
+STARTS = 5
+"""Of K-means, for each half."""
+
+
+def agreement(
+    changes: Changes, head: bool, k: int, extra: int, seed: int, profile_weight: float, sharpness: float, apart: bool
+) -> float | None:
+    """The adjusted Rand index of groups found in two halves of the adapted matrices, in the mean of several draws.
+
+    Args:
+        changes: What each slot has learned; heads and profiles are part of both halves.
+        head: Compare heads, too.
+        k: Number of groups.
+        extra: Eigenvectors beyond.
+        seed: Of the draws, the sample and K-means.
+        profile_weight: Of profiles.
+        sharpness: Of the dual softmax.
+        apart: Whether slots of one client fall into different groups.
+
+    Returns:
+        1 for the same groups, 0 for chance; None where there are no two matrices, or no more slots than groups.
+    """
+    owners = [client for client, _ in changes.keys]
+    few = changes.only(sample(len(owners), owners, derive(seed, "sample"), MOST))
+    if len(changes.modules) < 2 or len(few.keys) <= k:
+        return None
+    own = [client for client, _ in few.keys] if apart else None
+    draw, found = np.random.default_rng(seed), []
+    for number in range(DRAWS):
+        order = draw.permutation(len(few.modules)).tolist()
+        middle = len(order) // 2
+        labels = []
+        for half in (order[:middle], order[middle:]):
+            part = replace(few, modules=tuple(few.modules[index] for index in sorted(half)))
+            points = embedding(part, head, k + extra, seed, profile_weight, sharpness)
+            labels.append(group(points, k, own, STARTS, derive(seed, "half", number)))
+        found.append(float(adjusted_rand_score(*labels)))
+    return float(np.mean(found))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 import numpy as np
+from halves import halves_table, measured
 from profiles import FILMED, WEIGHT, WEIGHTS
 from profiles import OUT as PROFILES
 from record import FOLDER
@@ -146,6 +147,17 @@ def profile_tables() -> list[str]:
     return lines
 
 
+def halves_tables() -> list[str]:
+    """Whether halves of the adapted matrices agree, where that was chosen by and where it was not."""
+    chosen = [f"{regime}-rank1-seed?-tau{tau}" for regime in CHOSEN_IN for tau in CHOSEN_AT]
+    found = measured(chosen, ["II-fltac-single-*"])
+    kept = {f"{regime}-rank1-seed{seed}-tau{tau}" for regime in CHOSEN_IN for seed in KEPT_SEEDS for tau in CHOSEN_AT}
+    lines = ["", "## Do halves of the adapted matrices agree?", ""]
+    lines += halves_table([item for item in found if item.name not in kept])
+    held = [item for item in found if item.name in kept] + measured(["IV-rank1-*-tau50"], [])
+    return [*lines, "", "Kept for the end:", "", *halves_table(held)]
+
+
 def quickstart_table() -> list[str]:
     """The quickstart's runs on many seeds: how many have each task in a cluster of its own after the last round."""
     lines = ["", "## Quickstart on many seeds", "", "| runs | seeds | ARI 1.00 | least ARI | K found | mean score |"]
@@ -213,6 +225,7 @@ def main() -> int:
         *uploads_table(found),
     ]
     lines += film_tables()
+    lines += halves_tables()
     lines += profile_tables()
     lines += quickstart_table()
     write_atomic(OUT, ("\n".join(lines) + "\n").encode())

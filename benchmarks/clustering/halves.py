@@ -87,10 +87,13 @@ def halves_table(found: Sequence[Halves]) -> list[str]:
     enough = [item.ari for item in found if item.agreement >= ENOUGH]
     less = [item.ari for item in found if item.agreement < ENOUGH]
     together = np.corrcoef([item.agreement for item in found], [item.ari for item in found])[0, 1]
+
+    def told(aris: Sequence[float]) -> str:
+        return f"ARI {np.mean(aris):.2f} in the mean, the least {min(aris):.2f}" if aris else "none"
+
     lines = [
-        f"Correlation {together:.2f}. Of {len(enough)} first rounds with an agreement of at least {ENOUGH:g} the ARI "
-        f"is {np.mean(enough):.2f} in the mean, the least {min(enough):.2f}; of {len(less)} with less, "
-        f"{np.mean(less):.2f} and {min(less):.2f}.",
+        f"Correlation {together:.2f}. First rounds with an agreement of at least {ENOUGH:g} ({len(enough)}): "
+        f"{told(enough)}. With less ({len(less)}): {told(less)}.",
         "",
         "| first round | agreement of halves | ARI |",
         "|---|---|---|",

@@ -298,5 +298,6 @@ class RoundReport:
             }
         if self.residuals is not None:
             out["residuals"] = {str(k): value for k, value in self.residuals.items()}
-        told = {"profiled": self.profiled, "agreement": self.agreement}
-        return out | {name: value for name, value in told.items() if value is not None}
+        if self.profiled is not None:
+            out["profiled"] = self.profiled
+        return out

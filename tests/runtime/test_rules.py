@@ -16,6 +16,7 @@ from fltac.records import Cluster, lora_modules
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.loop import as_sent
 from fltac.runtime.progress import Silent
+from fltac.server import agreement, grouping
 from runtime.test_run import scores_of, small
 from server.builders import adapter, state
 
@@ -35,8 +36,9 @@ class Stop(Silent):
         ("server.aggregation.rule=flora", "lora.rank=2", "lora.ranks={client-1: 1}"),
         ("server.aggregation.rule=fedsa", "server.aggregation.optimizer=fedadam", "wire.dtype=float16"),
         ("server.aggregation.from_round=2",),
+        ("server.clustering.from_round=auto",),
     ],
-    ids=["ffa", "flora with ranks", "fedsa with fedadam", "means from round 2"],
+    ids=["ffa", "flora with ranks", "fedsa with fedadam", "means from round 2", "grouped where halves agree"],
 )
 def test_a_stopped_run_resumes_to_the_same_bits(settings: tuple[str, ...], tmp_path: Path) -> None:
     fltac.run(small(*HALF, *settings), tmp_path / "whole")
@@ -55,6 +57,17 @@ def test_until_the_first_mean_a_run_is_that_of_clients_alone(tmp_path: Path) -> 
     assert [record["tasks"] for record in local[:2]] == [record["tasks"] for record in later[:2]]
     assert local[2]["tasks"] != later[2]["tasks"]
     assert all(record["clustering"]["k"] for record in later), "groups are reported from the first round on"
+
+
+def test_a_round_that_groups_nobody_says_how_well_halves_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "FEWEST", 2)
+    monkeypatch.setattr(grouping, "ENOUGH", 2.0)  # more than any agreement
+    fltac.run(small("method=fltac", "server.clustering.from_round=auto", "federation.rounds=2"), tmp_path)
+    first, second = scores_of(tmp_path)[0]
+    assert first["clustering"] is None
+    assert -1 <= first["agreement"] <= 1
+    assert second["clustering"]["k"]
+    assert "agreement" not in second
 
 
 def test_the_export_of_a_residual_computes_what_was_trained(tmp_path: Path) -> None:

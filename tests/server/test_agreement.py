@@ -76,7 +76,7 @@ def test_where_halves_agree_slots_are_grouped_after_the_first_round() -> None:
     settings = settings_of()
     state, report = play(start(updates, settings), updates, settings)
     assert report.k == TASKS
-    assert report.agreement == report.evidence()["agreement"] == 1.0
+    assert report.agreement == 1.0
     assigned = state.assignment()
     assert adjusted_rand_score(truth, [assigned[update.key] for update in updates]) == 1.0
     _, report = play(state, updates, settings)
@@ -130,7 +130,10 @@ def test_the_more_noise_the_less_agreement() -> None:
     assert abs(found[2] or 0) < 0.3
 
 
-def test_of_many_slots_a_sample_of_whole_clients_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "of_each", "expected"), [(30, 1, 30), (9, 11, 33)])
+def test_of_many_slots_a_sample_of_whole_clients_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, most: int, of_each: int, expected: int
+) -> None:
     changes = changes_of(learned(40, noise=0.3)[0])
     seen: list[tuple[str, ...]] = []
 
@@ -138,29 +141,59 @@ def test_of_many_slots_a_sample_of_whole_clients_is_looked_at(monkeypatch: pytes
         seen.append(tuple(client for client, _ in part.keys))
         return embedding(part, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "MOST", 30)
+    monkeypatch.setattr(module, "MOST", most)
+    monkeypatch.setattr(module, "OF_EACH", of_each)
     monkeypatch.setattr(module, "embedding", watched)
     assert agreed(changes) == 1.0
     assert len(set(seen)) == 1
-    assert 30 <= len(seen[0]) <= 33
+    assert expected <= len(seen[0]) < expected + 2 * TASKS
     assert all(seen[0].count(client) == TASKS for client in seen[0])
 
 
-def test_where_there_are_no_halves_slots_are_grouped() -> None:
-    updates, _ = learned(8, noise=30.0)
+def test_where_there_is_nothing_to_compare_all_stay_together() -> None:
+    updates, _ = learned(8, noise=0.3)
     changes = changes_of(updates)
+    assert agreed(changes) == 1.0
     assert agreed(replace(changes, modules=changes.modules[:1])) is None
-    assert agreed(changes, k=len(changes.keys)) is None
-    few = updates[:2]
-    settings = settings_of("server.clustering.k=2")
-    _, report = play(start(few, settings), few, settings)
-    assert (report.k, report.agreement) == (2, None)
+    assert agreed(changes, k=len(changes.keys) // 2 + 1) is None
+    assert agreed(changes, k=1) is None
+    few = [update for update in updates if update.client != "client-0"]
+    assert agreed(changes_of(few)) is None, "seven clients"
+    assert agreement(changes_of(few), True, TASKS, 2, 0, 8.0, 0.0, False) == 1.0, "without cannot-link they are enough"
+    settings = settings_of()
+    state, report = play(start(updates, settings), few, settings)
+    assert (report.k, report.agreement, len(state.clusters)) == (None, None, 1)
+    _, report = play(state, updates, settings)
+    assert report.k == TASKS
+
+
+def test_few_clients_agree_by_chance_and_enough_of_them_do_not() -> None:
+    """Why there is a least number of clients: noise alone, with cannot-link."""
+    chance = [
+        agreed(
+            changes_of(
+                learned(8, noise=30.0, seed=seed)[0],
+            )
+        )
+        or 0.0
+        for seed in range(5)
+    ]
+    assert max(chance) < ENOUGH / 2
+
+
+@pytest.mark.parametrize(("noise", "k"), [(0.3, TASKS), (30.0, None)])
+def test_with_k_chosen_by_the_server(noise: float, k: int | None) -> None:
+    updates, _ = learned(8, noise)
+    settings = settings_of("server.clustering.k=auto")
+    _, report = play(start(updates, settings), updates, settings)
+    assert report.k == k
+    assert report.residuals
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (("federation.rounds=1",), "clustering.from_round: got auto; at most federation.rounds=1"),
+        (("federation.rounds=1",), r"clustering.from_round: got auto \(1 or 2\); at most federation.rounds=1"),
         (("method=fltac-paper", AUTO), "from_round: got auto with rule=kmeans; allowed with spectral"),
         (
             ("server.clustering.assign=loss",),

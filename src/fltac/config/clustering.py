@@ -43,8 +43,9 @@ class ClusteringConfig(Section):
     """``spectral``: the first round after which slots are grouped. After those before it all are one cluster, so that
     all go on from the same adapter: what they learn then tells their tasks apart better than what they learned from v0,
     whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss, or
-    means are not sent from the start), 1 with products. ``auto``: after the first where groups found in one half of
-    the adapted matrices agree with those of the other, else after the second."""
+    means are not sent from the start), 1 with products. ``auto``, with either: after the first where groups found in
+    one half of the adapted matrices agree with those of the other, else (and where there are too few slots, clients or
+    matrices to compare) after the second."""
     cannot_link: bool = True
     """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
     loss; the other rules do not look at it."""

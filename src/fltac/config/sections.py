@@ -170,9 +170,8 @@ class Config(Section):
         if merging > rounds:
             raise ValueError(f"server.aggregation.from_round: got {merging}; at most federation.rounds={self.rounds}")
         if grouping.latest_first_round > rounds:
-            raise ValueError(
-                f"server.clustering.from_round: got {grouping.from_round}; at most federation.rounds={self.rounds}"
-            )
+            said = f"{grouping.from_round}" + (" (1 or 2)" if grouping.from_round == "auto" else "")
+            raise ValueError(f"server.clustering.from_round: got {said}; at most federation.rounds={self.rounds}")
         fault = clustering_fault(grouping, self.server.aggregation, self.pooled)
         if fault is not None:
             raise ValueError(fault)

@@ -138,6 +138,7 @@ def federate(
             "rejected": len(report.rejections),
             **({"stale": report.stale} if exchange.late else {}),
             **judged,
+            **({} if report.agreement is None else {"agreement": report.agreement}),
             "aggregation": {"product_error": report.product_error},
             "bytes": {
                 "up": exchange.up_bytes if sent else 0,

@@ -3,6 +3,7 @@
 After the first round from v0 some federations can be grouped as they are, others are better left together for one more
 round (``server.clustering.from_round: auto``). How many slots a grouping has wrong the server cannot see. But where the
 groups found in two halves of the adapted matrices are alike, they are mostly right as well (``docs/clustering.md``).
+Heads, and profiles that count, belong to both halves.
 """
 
 from dataclasses import replace
@@ -13,14 +14,17 @@ from sklearn.metrics import adjusted_rand_score
 from fltac.seeding import derive
 from fltac.server.changes import Changes
 from fltac.server.clustering import group, sample
+from fltac.server.similarity import WHOLE
 from fltac.server.spectrum import embedding
 
 ENOUGH = 0.7
-"""Of agreement, so that slots are grouped: in the lab's first rounds below it most groupings are poor."""
+"""Of agreement, so that slots are grouped: in the lab's first rounds below it many groupings are poor."""
 DRAWS = 8
 """Of halves."""
-MOST = 128
-"""So many slots are looked at, of whole clients."""
+MOST, OF_EACH = 128, 8
+"""So many slots are looked at, or so many for each group if that is more; with cannot-link of whole clients."""
+FEWEST = 8
+"""Clients: the slots of fewer agree by chance, as cannot-link leaves little to choose."""
 STARTS = 5
 """Of K-means, for each half."""
 
@@ -41,12 +45,14 @@ def agreement(
         apart: Whether slots of one client fall into different groups.
 
     Returns:
-        1 for the same groups, 0 for chance; None where there are no two matrices, or no more slots than groups.
+        1 for the same groups, about 0 for chance; None where there is nothing to compare: fewer than two matrices,
+        groups or slots for each group, or (``apart``) fewer than ``FEWEST`` clients.
     """
     owners = [client for client, _ in changes.keys]
-    few = changes.only(sample(len(owners), owners, derive(seed, "sample"), MOST))
-    if len(changes.modules) < 2 or len(few.keys) <= k:
+    if len(changes.modules) < 2 or k < 2 or len(owners) < 2 * k or (apart and len(set(owners)) < FEWEST):
         return None
+    most = min(WHOLE, max(MOST, OF_EACH * k))
+    few = changes.only(sample(len(owners), owners if apart else None, derive(seed, "sample"), most))
     own = [client for client, _ in few.keys] if apart else None
     draw, found = np.random.default_rng(seed), []
     for number in range(DRAWS):

@@ -92,9 +92,9 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     """K-means over the leading eigenvectors of the kernel of all that each slot has learned; all known slots."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
     changes, rule = evidence.changes, settings.clustering
-    first, together = _first_round(evidence, rule.from_round), bool(evidence.state.clusters)
-    asked = rule.from_round == "auto" and first > 1 and not together
-    if not asked and (evidence.round_number < first or (first > 1 and not together)):  # else not all began alike
+    first, begun = _first_round(evidence, rule.from_round), bool(evidence.state.clusters)
+    asked = rule.from_round == "auto" and not begun
+    if not asked and (evidence.round_number < first or (first > 1 and not begun)):  # else not all began alike
         return _single(evidence, settings)
     seed = derive(settings.seed, "embedding", evidence.round_number)
     k, residuals, profiled = settings.k, None, None
@@ -114,8 +114,8 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
         halves = derive(settings.seed, "halves", evidence.round_number)
         weight, apart = rule.profile_weight, rule.cannot_link
         agreed = agreement(changes, rule.head, k, extra, halves, weight, sharpness, apart)
-        if agreed is not None and agreed < ENOUGH:
-            return replace(_single(evidence, settings), agreement=agreed)
+        if agreed is None or agreed < ENOUGH:
+            return replace(_single(evidence, settings), residuals=residuals, profiled=profiled, agreement=agreed)
     points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight, sharpness)
     found = _grouped(changes.keys, points, k, evidence, settings)
     return replace(found, residuals=residuals, profiled=profiled, agreement=agreed)

@@ -20,6 +20,8 @@ COLOUR = {
     "fltac": "#1f4e8c",
     "fltac+auto": "#e377c2",
     "fltac+no-softmax": "#74a9cf",
+    "fltac+at-once": "#d95f0e",
+    "fltac+if-clear": "#999933",
     "fltac+profiles": "#2e8b57",
     "fltac+adjusted": "#7d5ba6",
     "fltac+profiles+adjusted": "#3b9ea5",

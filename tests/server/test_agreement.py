@@ -200,7 +200,10 @@ def test_with_k_chosen_by_the_server(noise: float, k: int | None) -> None:
             "from_round: got auto, but clients choose among clusters from round assign_from=2 on; allowed: up to 1",
         ),
         (("server.aggregation.from_round=2",), "got auto, but with server.aggregation.from_round=2 .*; allowed: 1"),
-        (("server.clustering.from_round=some",), "from_round: got 'some'"),
+        (
+            ("server.clustering.from_round=some",),
+            "from_round: got 'some'; input should be a valid integer, unable to parse string as an integer, or 'auto'",
+        ),
     ],
 )
 def test_what_it_cannot_be_combined_with(overrides: tuple[str, ...], told: str) -> None:

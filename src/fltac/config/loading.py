@@ -169,9 +169,12 @@ def validated(section: type[S], tree: Tree, whole: str = "config") -> S:
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *rest = error.errors()
         key = _key(tree, first["loc"]) or whole
         message = first["msg"].removeprefix("Value error, ")
+        # Where a value may be of several types, pydantic tells of each by itself.
+        words = [item for item in rest if item["type"] == "literal_error" and _key(tree, item["loc"]) == key]
+        message += "".join(f", or {item['ctx']['expected']}" for item in words)
         value = first.get("input")
         shown = "" if isinstance(value, dict | Section) else f" got {value!r};"
         raise InputError(f"{key}:{shown} {message[0].lower() + message[1:]}") from error

@@ -66,9 +66,9 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
         f"{size.rows} validation rows of a task; K = {tasks} is given but for `fltac+auto`. Score: the mean over "
         "the tasks of what clients hold after the last round. Regret: what the oracle of the same seed scores "
         "more. ARI: of all slots' clusters against their tasks, after the first round that groups (`fltac`: the "
-        "second; with products, `+at-once` or `+no-softmax`, and all others: the first) and after the last. ±: one "
-        "standard deviation over the seeds; rows of other seeds are compared by their regret alone. The majority "
-        "class's are of all validation rows. " + machines(regimes),
+        "second, `+if-clear`: either; with products, `+at-once` or `+no-softmax`, and all others: the first) and after "
+        "the last. ±: one standard deviation over the seeds; rows of other seeds are compared by their regret alone. "
+        "The majority class's are of all validation rows. " + machines(regimes),
     ]
     for regime, runs in regimes.items():
         lines += ["", f"## Regime {regime}", "", *table(runs)]

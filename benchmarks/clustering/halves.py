@@ -46,15 +46,12 @@ def measured(patterns: Sequence[str], films: Sequence[str]) -> list[Halves]:
         films: Of films; their first rounds.
     """
     paths = [path for pattern in patterns for path in sorted(FOLDER.glob(f"{pattern}.safetensors"))]
-    filmed = [path for pattern in films for path in sorted(FILMS.glob(f"{pattern}.safetensors"))]
-    out = [_of(path.stem, Recording.load(path), 1) for path in paths]
-    for path in filmed:
-        film = Recording.load(path)
-        out.append(_of(path.stem, film, film.facts["rounds"]))
-    return out
+    paths += [path for pattern in films for path in sorted(FILMS.glob(f"{pattern}.safetensors"))]
+    return [_of(path.stem, Recording.load(path)) for path in paths]
 
 
-def _of(name: str, film: Recording, rounds: int) -> Halves:
+def _of(name: str, film: Recording) -> Halves:
+    rounds = film.facts.get("rounds", 1)  # a recording is a film of one
     n = len(film.truth) // rounds
     truth, owners = film.truth[:n], film.clients[:n]
     k = len(set(truth.tolist()))

@@ -275,6 +275,19 @@ def test_evaluate_gives_the_scores_of_the_summary(finished: Path) -> None:
     assert record["tasks"] == json.loads((finished / "summary.json").read_text())["tasks"]
 
 
+def test_evaluate_asks_the_round_whether_slots_were_grouped(finished: Path, tmp_path: Path) -> None:
+    last = json.loads((finished / "summary.json").read_text())["clustering"]
+    found = fltac.evaluate(finished)["clustering"]
+    assert {key: found[key] for key in ("k", "ari", "accuracy")} == {key: last[key] for key in ("k", "ari", "accuracy")}
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    records = [json.loads(line) for line in (copy / "rounds.jsonl").read_text().splitlines()]
+    records[-1]["clustering"] = None
+    (copy / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert fltac.evaluate(copy)["clustering"] is None
+
+
 def test_a_folder_that_is_not_empty_is_refused(finished: Path) -> None:
     with pytest.raises(InputError, match="resume"):
         fltac.run(small(), finished)

@@ -110,7 +110,7 @@ def evaluate(directory: str | Path, progress: Progress | None = None, overrides:
         opened, experiment, state = _opened(path)
         torch.set_num_threads(opened.config.training.threads or available_cores())
         progress.message(f"evaluating round {state.round_number} of {opened.path}")
-        scores = judged(experiment, state, no_report(experiment, state), None)
+        scores = judged(experiment, state, no_report(experiment, state, opened.rounds()), None)
         record = {"round": state.round_number, **scores, "baselines": baselines(experiment)}
         opened.write_evaluation(record)
         if settings.generation is not None:

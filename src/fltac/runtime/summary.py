@@ -11,7 +11,6 @@ from fltac.runtime.export import folders_of_tasks
 from fltac.runtime.loop import Record
 from fltac.runtime.run_directory import peak_rss_bytes
 from fltac.runtime.setup import Experiment, rounds_taken
-from fltac.server.grouping import FROM_ROUND_OF_A
 
 
 def judged(
@@ -32,15 +31,18 @@ def judged(
     }
 
 
-def no_report(experiment: Experiment, state: ServerState) -> RoundReport:
-    """Stands in where a state is scored apart from its round."""
-    settings = experiment.config.server_settings
-    clustered = settings.clustering.rule not in ("single", "none")
-    if settings.clustering.rule == "spectral" and len(state.clusters) == 1 != settings.k:
-        # Before, nobody was grouped yet.
-        first = settings.clustering.from_round
-        clustered = state.round_number >= (first if isinstance(first, int) else FROM_ROUND_OF_A)
-    k = sum(bool(cluster.members) for cluster in state.clusters) if clustered else None
+def no_report(experiment: Experiment, state: ServerState, records: Sequence[Record] = ()) -> RoundReport:
+    """Stands in where a state is scored apart from its round.
+
+    Args:
+        experiment: The run's parts.
+        state: What is scored.
+        records: Of the run's rounds; that of the state's own says whether slots were grouped, which one cluster that
+            holds all does not.
+    """
+    own = next((record for record in records if record["round"] == state.round_number), None)
+    grouped = own["clustering"] if own else experiment.config.server_settings.clustering.rule not in ("single", "none")
+    k = sum(bool(cluster.members) for cluster in state.clusters) if grouped else None
     return RoundReport(state.round_number, (), 0, (), k, None)
 
 

@@ -9,8 +9,7 @@
 ``rates`` tries three learning rates of each method on a seed of its own, ``weights`` what profiles weigh on two others;
 ``runs`` takes the best rates. ``--size full`` adapts all layers, which is meant for a GPU; ``--size digits`` is for the
 quickstart's tasks, where a run takes seconds. What is there already is not played again, so this can be stopped at any
-time and started in several processes on different seeds. Needs FLTAC_DATA, but for ``digits``.
-``compared.py`` makes the tables and the figures.
+time and started in several processes on different seeds. Needs FLTAC_DATA, but for ``digits``. ``compared.py`` reports.
 """
 
 import argparse
@@ -128,6 +127,7 @@ VARIANTS: dict[str, list[str]] = {
     "+at-once": ["server.clustering.from_round=1"],
     "+no-softmax": ["server.clustering.from_round=1", "server.clustering.dual_softmax=0"],
     "+if-clear": ["server.clustering.from_round=auto"],
+    "+probes": ["server.clustering.probes=3", "training.steps=44"],  # as many steps as others: 30 + 5 * 44
 }
 """Of ``fltac``."""
 METHODS: dict[str, list[str]] = {

@@ -22,6 +22,7 @@ COLOUR = {
     "fltac+no-softmax": "#74a9cf",
     "fltac+at-once": "#d95f0e",
     "fltac+if-clear": "#999933",
+    "fltac+probes": "#661100",
     "fltac+profiles": "#2e8b57",
     "fltac+adjusted": "#7d5ba6",
     "fltac+profiles+adjusted": "#3b9ea5",

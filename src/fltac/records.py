@@ -34,9 +34,6 @@ CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_SLOTS = 10_000
 """Slot numbers of a data owner are below this."""
 
-LEAST_SURE = 5
-"""So many slots are named in a round's record."""
-
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
 BASE_A = ".base_A"
@@ -150,8 +147,9 @@ class Request:
 class Update:
     """One slot's trained adapter, as uploaded.
 
-    ``cluster`` is the candidate that the client chose and began from, where it was asked to choose. ``profile`` is
-    float32 ``[hidden]``, the mean feature of some of the slot's rows (``client.profile``), where that was asked for.
+    ``cluster``: the candidate that the client chose and began from, where it was to choose. ``profile``: float32
+    ``[hidden]``, the mean feature of some of its rows, where asked for. ``probes``: what A and the heads became in
+    short trainings from v0, with a slot's first upload.
     """
 
     client: str
@@ -160,6 +158,7 @@ class Update:
     examples: int
     cluster: int | None = None
     profile: FloatArray | None = None
+    probes: tuple[Adapter, ...] = ()
 
     @property
     def key(self) -> SlotKey:
@@ -291,13 +290,11 @@ class RoundReport:
         """For a round's record: how sure the grouping is, the five least sure slots, and the errors of each K."""
         out: dict[str, object] = {}
         if self.confidence:
-            least = sorted(self.confidence.items(), key=lambda item: (item[1], item[0]))[:LEAST_SURE]
+            least = sorted(self.confidence.items(), key=lambda item: (item[1], item[0]))[:5]
             out["confidence"] = {
                 "mean": sum(self.confidence.values()) / len(self.confidence),
                 "least": {f"{client}/{slot}": value for (client, slot), value in least},
             }
         if self.residuals is not None:
             out["residuals"] = {str(k): value for k, value in self.residuals.items()}
-        if self.profiled is not None:
-            out["profiled"] = self.profiled
-        return out
+        return out if self.profiled is None else {**out, "profiled": self.profiled}

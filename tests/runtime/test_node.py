@@ -369,6 +369,21 @@ def test_more_steps_than_the_owner_allows(both: Both, owner: Callable[..., Path]
     with pytest.raises(InputError, match=r"training: 4 steps of the task \w+ in a round; limits\.steps allows 3"):
         Node.open(both.coordinator, file)
     assert Node.open(load_config(both.out / "coordinator.yaml", ["training.steps=3"]), file).id == "client-0"
+    probing = ["training.steps=2", "server.clustering.probes=2", "server.clustering.probe_steps=1"]
+    with pytest.raises(InputError, match=r"training: 4 steps of the task \w+ in a round; limits\.steps allows 3"):
+        Node.open(load_config(both.out / "coordinator.yaml", probing), file)
+
+
+def test_probes_that_the_coordinator_asks_for(both: Both, owner: Callable[..., Path]) -> None:
+    asks = ["server.clustering.probes=2", "server.clustering.probe_steps=1"]
+    node, request = Node.open(load_config(both.out / "coordinator.yaml", asks), owner()), first_request(both)
+    reply = decode_answer(node.answer(encode_train_question(request, "float32")))
+    assert isinstance(reply, Reply)
+    assert reply.updates
+    for update in reply.updates:
+        assert len(update.probes) == 2
+        expected = {name for name in update.adapter if not name.endswith("lora_B")}
+        assert all(probe.keys() == expected for probe in update.probes)
 
 
 def test_messages_larger_than_the_owner_allows(both: Both, owner: Callable[..., Path]) -> None:

@@ -275,6 +275,20 @@ def test_evaluate_gives_the_scores_of_the_summary(finished: Path) -> None:
     assert record["tasks"] == json.loads((finished / "summary.json").read_text())["tasks"]
 
 
+def test_probes_are_beside_the_first_round(tmp_path: Path) -> None:
+    rounds = ("federation.rounds=2", "server.clustering.from_round=1")
+    plain = fltac.run(small(*rounds), tmp_path / "plain").summary
+    probes = ("server.clustering.probes=2", "server.clustering.probe_steps=3")
+    probed = fltac.run(small(*rounds, *probes), tmp_path / "probed").summary
+    (first, second), (with_probes, later) = (scores_of(tmp_path / name)[0] for name in ("plain", "probed"))
+    slots = first["updates"]
+    assert slots == with_probes["updates"]
+    assert probed["slot_steps"] == plain["slot_steps"] + slots * 2 * 3
+    assert with_probes["loss"] == pytest.approx(first["loss"], rel=1e-4), "only the order in lanes differs"
+    assert with_probes["bytes"]["up"] > 1.5 * first["bytes"]["up"]
+    assert later["bytes"]["up"] == pytest.approx(second["bytes"]["up"], rel=0.01)
+
+
 def test_evaluate_asks_the_round_whether_slots_were_grouped(finished: Path, tmp_path: Path) -> None:
     last = json.loads((finished / "summary.json").read_text())["clustering"]
     found = fltac.evaluate(finished)["clustering"]

@@ -65,6 +65,7 @@ def replies(draw: st.DrawFn) -> Reply:
             draw(st.integers(-1, 10**9)),
             draw(st.none() | small),
             draw(st.none() | arrays(np.float32, 3)),
+            tuple(draw(st.lists(adapters, max_size=3))),
         )
         for slot in slots
     )
@@ -110,6 +111,8 @@ def test_reply_round_trip(reply: Reply) -> None:
     ]
     for ours, theirs in zip(found.updates, reply.updates, strict=True):
         assert_same(ours.adapter, theirs.adapter)
+        for found_probe, probe in zip(ours.probes, theirs.probes, strict=True):
+            assert_same(found_probe, probe)
 
 
 @settings(deadline=None)
@@ -234,6 +237,15 @@ BAD_REPLIES = [
         "a profile of slot 3, of which there is no update",
     ),
     (reply_bytes(GOOD_REPLY, {"profile/0": np.zeros(2, np.float32)}), "tensor 'profile/0': belongs to none"),
+    (reply_bytes({**GOOD_REPLY, "probes": [[3, 1]]}), "probes of slot 3, of which there is no update"),
+    (reply_bytes({**GOOD_REPLY, "probes": [[0, 0]]}), "slot 0 has 0 probes; allowed: 1 to 64"),
+    (reply_bytes({**GOOD_REPLY, "probes": [[0, 10**9]]}), "slot 0 has 1000000000 probes; allowed: 1 to 64"),
+    (reply_bytes({**GOOD_REPLY, "probes": [[0, 1], [0, 1]]}), "probes names a slot twice"),
+    (reply_bytes({**GOOD_REPLY, "probes": True}), "probes is True; expected a list"),
+    (
+        reply_bytes({**GOOD_REPLY, "probes": [[0, 1]]}, {"0.2/a": np.zeros(1, np.float32)}),
+        r"tensor '0.2/a': belongs to none of the declared groups 0, 0\.1",
+    ),
     (reply_bytes({**GOOD_REPLY, "chosen": [[0, None]]}), "chosen holds None; expected an integer"),
     (reply_bytes({**GOOD_REPLY, "chosen": [[0, 1], [0, 2]]}), "chosen names a slot twice"),
     (reply_bytes({**GOOD_REPLY, "chosen": None}), "chosen is None; expected a list"),

@@ -89,24 +89,33 @@ def start_adapter(request: Request, slot: int, heads: Sequence[str], initial: Ad
 
 
 def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config) -> list[TrainJob]:
-    """The trainings of one client in one round, one for each slot."""
+    """The trainings of one client in one round: one for each slot, and the probes of those that begin from v0."""
     jobs = []
-    seed, number = config.federation.seed, request.round_number
+    number, rule = request.round_number, config.server.clustering
     for slot, tasks in sorted(client.slots.items()):
         start = start_adapter(request, slot, [task.head_key for task in tasks], initial)
         start = at_rank(start, config.lora.rank_of(client.id))
-        jobs.append(
-            TrainJob(
-                client=client.id,
-                slot=slot,
-                start=start,
-                steps=_steps(client.id, slot, tasks, number, config),
-                examples=sum(len(task.rows) for task in tasks),
-                dropout_seed=derive(seed, "dropout", number, client.id, slot),
-                frozen=config.server.aggregation.frozen(number),
+        for probe in range(1 + probes_of(request, slot, config)):
+            seed = derive(config.federation.seed, "probe", probe) if probe else config.federation.seed
+            steps = rule.probe_steps if probe else None
+            jobs.append(
+                TrainJob(
+                    client=client.id,
+                    slot=slot,
+                    start=start,
+                    steps=_steps(client.id, slot, tasks, number, seed, steps, config.training),
+                    examples=sum(len(task.rows) for task in tasks),
+                    dropout_seed=derive(seed, "dropout", number, client.id, slot),
+                    frozen=config.server.aggregation.frozen(number),
+                    probe=probe,
+                )
             )
-        )
     return jobs
+
+
+def probes_of(request: Request, slot: int, config: Config) -> int:
+    """How many probes a slot trains beside: where it begins from v0."""
+    return 0 if slot in request.slots else config.server.clustering.probes
 
 
 def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64] | None:
@@ -127,15 +136,29 @@ def reply_of(
     request: Request | None = None,
     profiles: Mapping[int, FloatArray] | None = None,
 ) -> Reply:
-    """The upload of all of a client's slots: of each what was trained, at the rank that it was sent.
+    """The upload of all of a client's slots: of each what was trained, at the rank that it was sent, and its probes.
 
     With the clusters that the slots chose, where a request let them choose, and profiles by slot, if there are any.
     """
     chosen = request.slots if request is not None and request.candidates else {}
     said = profiles or {}
+    probes: dict[int, list[Adapter]] = {}
+    for one in sorted(trained, key=lambda result: result.job.key):
+        if one.job.probe:
+            sent = {name: tensor for name, tensor in _uploaded(one).items() if is_head(name) or name.endswith(LORA_A)}
+            probes.setdefault(one.job.slot, []).append(sent)
     updates = tuple(
-        Update(client.id, slot, _uploaded(one), one.job.examples, chosen.get(slot), said.get(slot))
+        Update(
+            client.id,
+            slot,
+            _uploaded(one),
+            one.job.examples,
+            chosen.get(slot),
+            said.get(slot),
+            tuple(probes.get(slot, ())),
+        )
         for one in trained
+        if not one.job.probe
         for slot in [one.job.slot]
     )
     return Reply(client.id, updates)
@@ -147,20 +170,28 @@ def _uploaded(trained: Trained) -> Adapter:
     return at_rank(kept, ranks.pop()) if ranks else kept
 
 
-def _steps(client: str, slot: int, tasks: Sequence[LocalTask], number: int, config: Config) -> list[Step]:
-    """A slot's batches; those of several tasks in one slot (shared adapter) in a seeded random order."""
-    seed, training = config.federation.seed, config.training
+def _steps(
+    client: str,
+    slot: int,
+    tasks: Sequence[LocalTask],
+    number: int,
+    seed: int,
+    count: int | None,
+    training: TrainingConfig,
+) -> list[Step]:
+    """A slot's batches, so many of each task or as many as it has steps.
+
+    Those of several tasks in one slot (shared adapter) come in a seeded random order.
+    """
     steps: list[Step] = []
     for index, local in enumerate(tasks):
-        key = BatchKey(seed, number, client, slot + index)
-        batches = make_batches(
-            local.rows, local.task.train.lengths, local.steps, training.batch_size, training.batching, key
-        )
+        key, made = BatchKey(seed, number, client, slot + index), count or local.steps
+        batches = make_batches(local.rows, local.task.train.lengths, made, training.batch_size, training.batching, key)
         shares = label_shares(local, training)
-        views: list[Views | None] = [None] * local.steps
+        views: list[Views | None] = [None] * made
         if training.augment != "none":
             draw = generator(seed, "augment", number, client, slot + index)
-            views = [*draw_views(local.steps, training.batch_size, local.task.mirror, draw)]
+            views = [*draw_views(made, training.batch_size, local.task.mirror, draw)]
         steps += [
             Step(local.task, local.head_key, rows, shares, view) for rows, view in zip(batches, views, strict=True)
         ]

@@ -37,6 +37,13 @@ class TrainJob:
     dropout_seed: int
     frozen: str | None = None
     """The ending of the names of factors that are not trained."""
+    probe: int = 0
+    """From 1 on: a short training beside the slot's own, for what it tells of the task."""
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Of all trainings of a round this one."""
+        return self.client, self.slot, self.probe
 
     def freezes(self, name: str) -> bool:
         """Whether a tensor stays as it is."""
@@ -96,11 +103,8 @@ def train(
     Returns:
         One result for each job, in the order of ``jobs``.
     """
-    results = {
-        (trained.job.client, trained.job.slot): trained
-        for trained in train_each(model, jobs, config, dropout, plan, on_pass)
-    }
-    return [results[job.client, job.slot] for job in jobs]
+    results = {trained.job.key: trained for trained in train_each(model, jobs, config, dropout, plan, on_pass)}
+    return [results[job.key] for job in jobs]
 
 
 def train_each(
@@ -137,8 +141,8 @@ def pools(jobs: Sequence[TrainJob], size: int, plan: LanePlan) -> list[list[Trai
 
     def order(job: TrainJob) -> tuple[int | float | str, ...]:
         if plan.packed:
-            return (len(job.steps), job.client, job.slot)
-        return (job.rows, len(job.steps), float(job.padded_sizes.mean()), job.client, job.slot)
+            return (len(job.steps), *job.key)
+        return (job.rows, len(job.steps), float(job.padded_sizes.mean()), *job.key)
 
     def tokens(pool: Sequence[TrainJob]) -> int:
         return sum(int((job.packed_sizes if plan.packed else job.padded_sizes).sum()) for job in pool)

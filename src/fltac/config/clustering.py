@@ -43,7 +43,8 @@ class ClusteringConfig(Section):
     """``spectral``: the first round after which slots are grouped. After those before it all are one cluster, so that
     all go on from the same adapter: what they learn then tells their tasks apart better than what they learned from v0,
     whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss, or
-    means are not sent from the start), 1 with products. ``auto``, with either: after the first where groups found in
+    means are not sent from the start), 1 with products
+    or ``probes``. ``auto``, with either: after the first where groups found in
     one half of the adapted matrices agree with those of the other, else (and where there are too few slots, clients or
     matrices to compare) after the second."""
     cannot_link: bool = True
@@ -57,6 +58,12 @@ class ClusteringConfig(Section):
     hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
     with ``k: auto`` another K the error of its prediction) by more than this share."""
+    probes: Annotated[int, Field(ge=0, le=64)] = 0
+    """``spectral``, where changes of A are compared: with the first upload of a slot its client also sends what A and
+    the heads became in so many short trainings from v0, each on other rows. What they have in common tells tasks apart
+    better than one long training, so slots are grouped after the first round unless ``from_round`` is given."""
+    probe_steps: Positive = 10
+    """Optimizer steps of each probe."""
     profile_rows: Annotated[int, Field(ge=0)] = 0
     """``spectral``: with the first upload of a slot its client also sends a profile, the mean of what the frozen
     backbone makes of so many of its training rows, which is compared, too. It says what the rows are about."""
@@ -143,6 +150,12 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
+    if config.probes:
+        if rule != "spectral":
+            return f"server.clustering.probes: got {config.probes} with rule={rule}; allowed with spectral"
+        if config.features == "products" or aggregation in ("ffa", "rolora"):
+            why = f"{aggregation} does not always train" if config.features != "products" else "products do not compare"
+            return f"server.clustering.probes: got {config.probes}, but {why} changes of A; allowed: 0"
     if config.dual_softmax and rule != "spectral":
         return f"server.clustering.dual_softmax: got {config.dual_softmax:g} with rule={rule}; allowed with spectral"
     if config.dual_softmax and not config.cannot_link:

@@ -191,7 +191,8 @@ class Config(Section):
     def server_settings(self) -> ServerSettings:
         """The part of the configuration that the server may see."""
         grouping, aggregation = self.server.clustering, self.server.aggregation
-        if grouping.from_round is None and (self.rounds < 2 or grouping.assign == "loss" or aggregation.from_round > 1):
+        at_once = self.rounds < 2 or grouping.probes > 0 or grouping.assign == "loss" or aggregation.from_round > 1
+        if grouping.from_round is None and at_once:
             grouping = grouping.model_copy(update={"from_round": 1})
         return ServerSettings(
             seed=self.federation.seed if self.server.seed is None else self.server.seed,
@@ -203,6 +204,11 @@ class Config(Section):
             aggregation=aggregation,
             ranks=self.lora.ranks,
         )
+
+    @property
+    def probing_steps(self) -> int:
+        """Steps that a slot makes in its probes, beside those of its first training."""
+        return self.server.clustering.probes * self.server.clustering.probe_steps
 
     @property
     def pooled(self) -> bool:

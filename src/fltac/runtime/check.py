@@ -93,6 +93,8 @@ def check_client(config: Config, client_file: Path) -> ClientCheck:
     torch.set_num_threads(owner.threads)
     trained, seconds = [], {}
     for job in _jobs(owner):
+        if job.probe:
+            continue
         steps = job.steps[:TRIAL_STEPS]
         _trained(owner, replace(job, steps=steps[:1]))  # The first pass of all takes longer than those after it.
         begun = time.perf_counter()

@@ -17,14 +17,18 @@ class Meter:
     """Turns passes into the share of a round's slots that is done, a few times a second."""
 
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
-        self._clients, self._progress = experiment.clients, progress
+        self._clients, self._config, self._progress = experiment.clients, experiment.config, progress
         self._done, self._steps, self._slots, self._shown = 0, 1, 0, 0.0
 
     def on_round(self, number: int, requests: Sequence[Request]) -> None:
         """A round begins."""
-        slots = [own for request in requests for own in self._clients[request.client].slots.values()]
+        slots = [
+            (own, 0 if slot in request.slots else self._config.probing_steps)
+            for request in requests
+            for slot, own in self._clients[request.client].slots.items()
+        ]
         self._done, self._slots = 0, len(slots)
-        self._steps = sum(local.steps for own in slots for local in own)
+        self._steps = sum(local.steps + beside for own, beside in slots for local in own)
         self._progress.round_started(number, len(requests))
 
     def on_pass(self, active: int, losses: Tensor) -> None:

@@ -98,7 +98,8 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
         before, most = slots.get(slot, ()), file.limits.steps
         rows = np.arange(len(task.train))
         local = local_task(task, rows, task.head_key, config, file.id, slot + len(before))
-        if most is not None and local.steps > most:
-            raise InputError(f"training: {local.steps} steps of the task {name} in a round; limits.steps allows {most}")
+        steps = local.steps + config.probing_steps
+        if most is not None and steps > most:
+            raise InputError(f"training: {steps} steps of the task {name} in a round; limits.steps allows {most}")
         slots[slot] = (*before, local)
     return Client(file.id, slots)

@@ -83,7 +83,8 @@ class Simulation:
             self.model, jobs, self.config.training, self.config.lora.dropout, self.plan, self.on_pass
         ):
             client = result.job.client
-            losses.append(result.loss)
+            if not result.job.probe:
+                losses.append(result.loss)
             done[client].append(result)
             if len(done[client]) == asked[client]:
                 # At once, so that no adapter is held twice for longer than its client's turn.
@@ -91,7 +92,7 @@ class Simulation:
                 up_bytes += len(payload)
                 replies[client] = decode_reply(payload)
         ordered = tuple(replies[request.client] for request in received if request.client in replies)
-        loss = math.fsum(losses) / len(jobs) if jobs else None
+        loss = math.fsum(losses) / (len(losses) - 1) if jobs else None
         return Exchange(ordered, up_bytes, down_bytes, time.perf_counter() - start, loss)
 
     def deliver(self, requests: Sequence[Request]) -> tuple[list[Request], int]:

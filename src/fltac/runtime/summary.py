@@ -117,7 +117,7 @@ def _slot_steps(experiment: Experiment) -> int:
         return 0
     rounds = rounds_taken(config, sorted(experiment.clients))
     return sum(
-        local.steps * (1 if config.pooled else rounds[client.id])
+        local.steps * (1 if config.pooled else rounds[client.id]) + config.probing_steps
         for client in experiment.clients.values()
         for locals_ in client.slots.values()
         for local in locals_

@@ -20,6 +20,7 @@ from fltac.records import (
     RoundReport,
     ServerState,
     SlotKey,
+    Update,
     head_keys,
 )
 from fltac.seeding import generator
@@ -218,7 +219,7 @@ def finish_round(
     rule = settings.clustering
     changes = None
     if rule.rule in ACCUMULATING:
-        changes = remember(state, updates, began, rule.memory, settings.seed, _compares_a(state, settings))
+        changes = _learned(state, updates, began, completion, settings)
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)
@@ -252,6 +253,30 @@ def finish_round(
         grouping.agreement,
     )
     return after, report
+
+
+def _learned(
+    state: ServerState,
+    updates: Sequence[Update],
+    began: Mapping[SlotKey, Adapter],
+    completion: Completion,
+    settings: ServerSettings,
+) -> Changes:
+    """What slots have learned, this round included: of those with probes what these did, each as if it were a round.
+
+    Their own training, from v0 as well but longer, would outweigh the probes and says less than they do together.
+    """
+    of_a, probes = _compares_a(state, settings), max(len(update.probes) for update in updates)
+    changes = None
+    for number in range(probes):
+        probed = [replace(update, adapter=update.probes[number]) for update in updates if len(update.probes) > number]
+        probed = [completion.whole(probe, began) for probe in probed]
+        changes = remember(state, probed, began, 1.0, settings.seed, of_a)
+        state = replace(state, memory=changes.memory())
+    others = [update for update in updates if not update.probes]
+    if changes is None or others:
+        changes = remember(state, others, began, settings.clustering.memory, settings.seed, of_a)
+    return changes
 
 
 def _memory(state: ServerState, changes: Changes | None, grouping: Grouping) -> Mapping[SlotKey, Adapter]:

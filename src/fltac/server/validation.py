@@ -17,9 +17,11 @@ from fltac.records import (
     SlotKey,
     Update,
     at_rank,
+    head_keys,
     is_head,
     lora_modules,
 )
+from fltac.server.beside import FLOAT32, choice_fault, profile_fault
 
 LARGEST = 1e6
 """An upload with a larger number has diverged, and its square would leave float32's accuracy in a mean."""
@@ -27,8 +29,6 @@ LARGEST = 1e6
 LARGEST_PRODUCT = 6e4
 """Likewise of an upload's ``B A`` where a rule decomposes products: its singular values have to be sent, perhaps in
 float16, which ends at 65504."""
-
-FLOAT32 = np.dtype(np.float32)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -82,7 +82,9 @@ class Expectations:
         self._frozen = settings.aggregation.frozen(round_number)
         self.noise = settings.clustering.profile_noise
         self.decomposed = settings.aggregation.rule not in STEPPING
+        self.probes = settings.clustering.probes
         self._by_rank: dict[int | None, Expected] = {}
+        self._probed: dict[int | None, Expected] = {}
 
     def of(self, client: str) -> Expected:
         """Of one client's uploads."""
@@ -90,6 +92,13 @@ class Expectations:
         if rank not in self._by_rank:
             self._by_rank[rank] = Expected(self._initial, self._frozen, rank)
         return self._by_rank[rank]
+
+    def of_probes(self, client: str) -> Expected:
+        """Of one client's probes, which hold no B."""
+        rank = self._settings.ranks.get(client)
+        if rank not in self._probed:
+            self._probed[rank] = Expected(self._initial, LORA_B, rank)
+        return self._probed[rank]
 
 
 def accept_updates(
@@ -123,6 +132,8 @@ def accept_updates(
             fault = update_fault(update, reply.client, seen, expected)
             fault = fault or choice_fault(update, request.candidates)
             fault = fault or profile_fault(update, request.profile, expected.hidden, expectations.noise)
+            due = 0 if update.slot in request.slots else expectations.probes
+            fault = fault or probes_fault(update, due, expectations.of_probes(reply.client))
             fault = fault or (product_fault(update.adapter) if expectations.decomposed else None)
             seen.add(update.slot)
             if fault is None:
@@ -186,41 +197,23 @@ def update_fault(update: Update, client: str, seen: set[int], expected: Expected
     return _adapter_fault(update.adapter, expected)
 
 
-def profile_fault(update: Update, asked: bool, hidden: int, noise: float) -> str | None:
-    """Says in one line what is wrong with an update's profile; None if it can be used.
+def probes_fault(update: Update, due: int, expected: Expected) -> str | None:
+    """Says in one line what is wrong with an update's probes; None if they can be used.
 
     Args:
         update: As decoded.
-        asked: Whether its client was asked for profiles.
-        hidden: Numbers that one has, as many as a head reads.
-        noise: Standard deviation of what the client adds to each of them.
+        due: So many were to be sent.
+        expected: From v0, without B.
     """
-    profile = update.profile
-    if profile is None:  # An owner need not send one.
-        return None
-    if not asked:
-        return "has a profile that was not asked for"
-    if profile.shape != (hidden,) or profile.dtype != FLOAT32:
-        return f"profile has shape {list(profile.shape)} and dtype {profile.dtype}; expected {[hidden]} of float32"
-    norm, allowed = float(np.linalg.norm(profile.astype(np.float64))), 1.01 + 10 * noise * hidden**0.5
-    if not norm <= allowed:  # also where it is not a number
-        return f"profile has norm {norm:.3g}; allowed are up to {allowed:.3g}, for it is a mean of vectors of length 1"
-    return None
-
-
-def choice_fault(update: Update, candidates: Sequence[int]) -> str | None:
-    """Says in one line why the cluster that an update names cannot be; None if it can.
-
-    Args:
-        update: As decoded.
-        candidates: What its client was to choose from; empty where it was not asked to.
-    """
-    if update.cluster is None:
-        return "has chosen no cluster" if candidates else None
-    if not candidates:
-        return f"names cluster {update.cluster}, but was not asked to choose"
-    if update.cluster not in candidates:
-        return f"has chosen cluster {update.cluster}; it was sent {', '.join(map(str, candidates))}"
+    if len(update.probes) != due:
+        return f"has {len(update.probes)} probes; expected {due}"
+    heads = head_keys(update.adapter)
+    for number, probe in enumerate(update.probes, start=1):
+        fault = _adapter_fault(probe, expected)
+        if fault is None and head_keys(probe) != heads:
+            fault = f"its heads are {', '.join(head_keys(probe))}; the update's {', '.join(heads)}"
+        if fault is not None:
+            return f"probe {number}: {fault}"
     return None
 
 

@@ -1,11 +1,13 @@
 """Adapters, requests and replies as bytes: one message per client and round, holding all its slots.
 
-A message is one safetensors blob. Its tensors are ``<slot>/<tensor>`` and ``profile/<slot>`` in a reply;
+A message is one safetensors blob. Its tensors are ``<slot>/<tensor>``, ``<slot>.<probe>/<tensor>`` (probes from 1)
+and ``profile/<slot>`` in a reply;
 ``initial/<tensor>`` and ``<cluster>/<tensor>`` in a request. Its header's record says the rest. Whether the values make
 sense to the server is for ``fltac.server`` to judge; here only the form is checked.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 from fltac.records import Adapter, FloatArray, Reply, Request, Update
@@ -15,6 +17,8 @@ REQUEST = "request-1"
 REPLY = "reply-1"
 INITIAL = "initial"
 PROFILES = "profile"
+MOST_PROBES = 64
+"""Of one slot, as ``server.clustering.probes`` allows."""
 
 T = TypeVar("T")
 
@@ -106,6 +110,14 @@ def encode_reply(reply: Reply, dtype: Dtype) -> bytes:
     chosen = [(update.slot, update.cluster) for update in reply.updates if update.cluster is not None]
     if chosen:
         record["chosen"] = chosen
+    probed = [(update.slot, len(update.probes)) for update in reply.updates if update.probes]
+    if probed:
+        groups |= {
+            f"{update.slot}.{number}": probe
+            for update in reply.updates
+            for number, probe in enumerate(update.probes, start=1)
+        }
+        record["probes"] = probed
     profiles = {str(update.slot): update.profile for update in reply.updates if update.profile is not None}
     if profiles:
         groups[PROFILES] = profiles
@@ -126,7 +138,8 @@ def decode_reply(data: bytes) -> Reply:
         raise WireError(f"reply of client {client!r}: error is {error!r}; expected text or null")
     slots = _pairs(record, "slots")
     declared = [PROFILES] if record.get("profiles") is True else []
-    groups = _split(tensors, [*(str(slot) for slot, _ in slots), *declared])
+    probed = _probed(record, client, dict(slots)) if "probes" in record else {}
+    groups = _split(tensors, [*(str(slot) for slot, _ in slots), *declared, *chain(*probed.values())])
     profiles = groups.get(PROFILES, {})
     chosen = dict(_pairs(record, "chosen")) if "chosen" in record else {}
     unknown = sorted(chosen.keys() - dict(slots).keys())
@@ -135,10 +148,30 @@ def decode_reply(data: bytes) -> Reply:
     if foreign := sorted(profiles.keys() - {str(slot) for slot, _ in slots}):
         raise WireError(f"reply of client {client!r}: a profile of slot {foreign[0]}, of which there is no update")
     updates = (
-        Update(client, slot, groups[str(slot)], examples, chosen.get(slot), profiles.get(str(slot)))
+        Update(
+            client,
+            slot,
+            groups[str(slot)],
+            examples,
+            chosen.get(slot),
+            profiles.get(str(slot)),
+            tuple(groups[name] for name in probed.get(slot, [])),
+        )
         for slot, examples in slots
     )
     return Reply(client, tuple(updates), error)
+
+
+def _probed(record: Mapping[str, Any], client: str, slots: Mapping[int, int]) -> dict[int, list[str]]:
+    """The names of the groups that hold a slot's probes."""
+    found = {}
+    for slot, count in _pairs(record, "probes"):
+        if slot not in slots:
+            raise WireError(f"reply of client {client!r}: probes of slot {slot}, of which there is no update")
+        if not 1 <= count <= MOST_PROBES:
+            raise WireError(f"reply of client {client!r}: slot {slot} has {count} probes; allowed: 1 to {MOST_PROBES}")
+        found[slot] = [f"{slot}.{number}" for number in range(1, count + 1)]
+    return found
 
 
 def _joined(groups: Mapping[str, Adapter]) -> dict[str, FloatArray]:

@@ -23,8 +23,9 @@ def film_tables() -> list[str]:
         "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all without the dual softmax. `fltac-single`: one "
         "cluster for all in each round, so that all slots always begin alike; `fltac-own`: each slot went on from its "
         "own upload until the third round; `fltac-first`: grouped at once, with the dual softmax, each slot's first "
-        "round compared with all rounds of the others (a trial, reverted). `small`: LoRA in two of six layers and "
-        "batches of 4, as in the small comparison.",
+        "round compared with all rounds of the others (a trial, reverted); `fltac-probes`: one round, and its probes "
+        "(`server.clustering.probes`), so many and of so many steps, in place of rounds in the tables below. `small`: "
+        "LoRA in two of six layers and batches of 4, as in the small comparison.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",
         "|---|---|---|---|",
@@ -52,7 +53,9 @@ def film_tables() -> list[str]:
     lines += ["", "## Hysteresis, replayed on these films: ARI by round (slots that changed their group, in all)", ""]
     lines += [f"| film | {' | '.join(f'{share:g}' for share in HYSTERESES)} |", "|---" * (len(HYSTERESES) + 1) + "|"]
     for path, film in films.items():
-        runs = [kept(tensors(path), len(film["rounds"]), share) for share in HYSTERESES]
+        if film["film"]["rounds"] > len(film["rounds"]):
+            continue  # of probes, after which slots are grouped once
+        runs = [kept(tensors(path), film["film"]["rounds"], share) for share in HYSTERESES]
         lines.append(f"| {path.stem} | {' | '.join(f'{by_round(aris)} ({moved})' for aris, moved in runs)} |")
     return lines
 
@@ -61,7 +64,7 @@ def ceilings(films: dict[Path, dict[str, Any]]) -> list[str]:
     """A row for each film of changes of A, and the mean of those whose names differ in their seed alone."""
     lines, groups = ["| film | ARI |", "|---|---|"], defaultdict(list)
     for path in films:
-        film, rounds = Recording.load(tensors(path)), len(films[path]["rounds"])
+        film, rounds = Recording.load(tensors(path)), films[path]["film"]["rounds"]
         if "a" not in film.grams:
             continue
         n = len(film.truth) // rounds
@@ -78,7 +81,7 @@ def ways_table(films: dict[Path, dict[str, Any]], ways: dict[str, Joined]) -> li
     lines = [f"| film | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
     means: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for path, film in films.items():
-        found = replayed(tensors(path), len(film["rounds"]))
+        found = replayed(tensors(path), film["film"]["rounds"])
         lines.append(f"| {path.stem} | {' | '.join(by_round(found[way]) for way in ways)} |")
         for way, aris in found.items():
             means[f"{path.stem.partition('-seed')[0]}, {len(aris)} rounds"][way].append(aris)

@@ -75,6 +75,23 @@ def test_as_json(config: Path, client: Callable[..., Path], capsys: pytest.Captu
     assert 4 * numbers < found["upload_bytes"] < 4 * numbers + 2500
 
 
+def test_probes_are_told_of(
+    config: Path, client: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for probes in (0, 20):
+        tree = yaml.safe_load(config.read_text())
+        tree.setdefault("server", {}).setdefault("clustering", {})["probes"] = probes
+        asked = tmp_path / f"probes-{probes}.yaml"
+        asked.write_text(yaml.safe_dump(tree))
+        assert call("client", "check", client(), "--config", asked, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["tasks"][0]["steps"] == found[1]["tasks"][0]["steps"]
+    # Of each probe A of query and value of 2 layers, and the head, in float32.
+    more = found[1]["upload_bytes"] - found[0]["upload_bytes"]
+    assert 20 * 4 * (2 * 2 * 16 + 2 * 16 + 2) < more < 20 * (4 * (2 * 2 * 16 + 2 * 16 + 2) + 2000)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

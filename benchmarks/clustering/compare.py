@@ -127,7 +127,7 @@ VARIANTS: dict[str, list[str]] = {
     "+at-once": ["server.clustering.from_round=1"],
     "+no-softmax": ["server.clustering.from_round=1", "server.clustering.dual_softmax=0"],
     "+if-clear": ["server.clustering.from_round=auto"],
-    "+probes": ["server.clustering.probes=3", "training.steps=44"],  # as many steps as others: 30 + 5 * 44
+    "+probes": ["server.clustering.probes=3", "training.steps=44"],  # as many in all: 30 + 5 * 44; not for digits
 }
 """Of ``fltac``."""
 METHODS: dict[str, list[str]] = {

@@ -8,7 +8,9 @@ import pytest
 from fltac.client.client import Client, LocalTask, plan_jobs, reply_of
 from fltac.client.training import Trained
 from fltac.config import Config, load_config
+from fltac.errors import InputError
 from fltac.records import Request
+from fltac.runtime.setup import wrapped_backbone
 
 V0 = {
     "m.lora_A": np.ones((1, 2), np.float32),
@@ -88,3 +90,8 @@ def test_a_reply_brings_a_and_the_heads_of_probes() -> None:
         assert [float(probe["head.2.bias"][0]) for probe in update.probes] == [
             10 * update.slot + number for number in (1, 2)
         ]
+
+
+def test_language_models_are_compared_by_products() -> None:
+    with pytest.raises(InputError, match="causal-lm tasks are compared by products; allowed: 0, or features=a"):
+        wrapped_backbone(config(2), "causal-lm")

@@ -93,6 +93,26 @@ def test_a_slot_that_comes_later_brings_its_probes_then() -> None:
     assert len({assigned[key] for key in early}) == 3
 
 
+def test_where_clients_choose_by_loss_a_late_slot_is_not_probed() -> None:
+    """It chooses among clusters that are there already, as all others do."""
+    updates, _ = probed()
+    settings = server(*PROBES, "server.clustering.k=3", "server.clustering.assign=loss")
+    state = start(updates, settings)
+    state, _ = play(state, [item for item in updates if item.client != "client-7"], settings)
+    requests = plan_round(state, settings)
+    assert all(request.candidates for request in requests)
+    ids = [cluster.id for cluster in state.clusters]
+    chosen = [replace(item, probes=(), cluster=ids[item.slot]) for item in updates]
+    clients = sorted({item.client for item in updates})
+    replies = [Reply(client, tuple(item for item in chosen if item.client == client)) for client in clients]
+    after, report = finish_round(state, requests, replies, settings)
+    assert not report.rejections
+    assert after.assignment().keys() == {item.key for item in updates}
+    beside = [replace(item, cluster=ids[item.slot]) for item in updates if item.client == "client-7"]
+    _, report = finish_round(state, requests, [Reply("client-7", tuple(beside))], settings)
+    assert {item.reason for item in report.rejections if item.client == "client-7"} == {"has 2 probes; expected 0"}
+
+
 FAULTS = {
     "none": ((), "has 0 probes; expected 2"),
     "one": ((0,), "has 1 probes; expected 2"),
@@ -144,8 +164,7 @@ def test_probes_that_nobody_asked_for_are_refused() -> None:
 def test_with_probes_slots_are_grouped_after_the_first_round() -> None:
     base = {"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}
     assert load_config(base, PROBES).server_settings.clustering.from_round == 1
-    later = load_config(base, [*PROBES, "server.clustering.from_round=2"])
-    assert later.server_settings.clustering.from_round == 2
+    assert load_config(base, [*PROBES, "server.clustering.from_round=1"]).server_settings.clustering.from_round == 1
     assert load_config(base).server_settings.clustering.from_round is None
 
 
@@ -153,8 +172,11 @@ def test_with_probes_slots_are_grouped_after_the_first_round() -> None:
     ("overrides", "told"),
     [
         (("method=fltac-paper",), "server.clustering.probes: got 2 with rule=kmeans; allowed with spectral"),
-        (("server.clustering.features=products",), "got 2, but products do not compare changes of A; allowed: 0"),
-        (("server.aggregation.rule=ffa",), "got 2, but ffa does not always train changes of A; allowed: 0"),
+        (("server.clustering.features=products",), "probes: got 2 with features=products; allowed with a and auto"),
+        (("server.aggregation.rule=ffa",), "probes: got 2, but ffa does not always train A; allowed: 0"),
+        (("federation.pool=sum",), "probes: got 2, but with federation.pool nothing is grouped; allowed: 0"),
+        (("server.clustering.from_round=2",), "probes: got 2 with from_round=2, but by probes .*; allowed: 1"),
+        (("server.clustering.from_round=auto",), "probes: got 2 with from_round=auto, but by probes .*; allowed: 1"),
         (("server.clustering.probes=-1",), "server.clustering.probes: got -1"),
         (("server.clustering.probes=65",), "server.clustering.probes: got 65"),
         (("server.clustering.probe_steps=0",), "server.clustering.probe_steps: got 0"),

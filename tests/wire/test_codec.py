@@ -65,7 +65,7 @@ def replies(draw: st.DrawFn) -> Reply:
             draw(st.integers(-1, 10**9)),
             draw(st.none() | small),
             draw(st.none() | arrays(np.float32, 3)),
-            tuple(draw(st.lists(adapters, max_size=3))),
+            tuple(draw(st.lists(adapters.filter(len), max_size=3))),
         )
         for slot in slots
     )
@@ -213,6 +213,7 @@ GOOD_REQUEST = {
     **{"slots": [[0, 2]], "clusters": [2], "initial": False},
 }
 
+ONE, MANY = ({f"0/{name}": np.zeros(1, np.float32) for name in range(count)} for count in (1, 65))
 BAD_REPLIES = [
     (b"", "0 bytes that are not safetensors"),
     (b"\x80\x04pickle-like bytes", "bytes that are not safetensors"),
@@ -237,9 +238,10 @@ BAD_REPLIES = [
         "a profile of slot 3, of which there is no update",
     ),
     (reply_bytes(GOOD_REPLY, {"profile/0": np.zeros(2, np.float32)}), "tensor 'profile/0': belongs to none"),
-    (reply_bytes({**GOOD_REPLY, "probes": [[3, 1]]}), "probes of slot 3, of which there is no update"),
+    (reply_bytes({**GOOD_REPLY, "probes": [[3, 1]]}, ONE), "probes of slot 3, of which there is no update"),
     (reply_bytes({**GOOD_REPLY, "probes": [[0, 0]]}), "slot 0 has 0 probes; allowed: 1 to 64"),
-    (reply_bytes({**GOOD_REPLY, "probes": [[0, 10**9]]}), "slot 0 has 1000000000 probes; allowed: 1 to 64"),
+    (reply_bytes({**GOOD_REPLY, "probes": [[0, 65]]}, MANY), "slot 0 has 65 probes; allowed: 1 to 64"),
+    (reply_bytes({**GOOD_REPLY, "probes": [[0, 10**9]]}, ONE), "probes names more of them than its 1 tensors"),
     (reply_bytes({**GOOD_REPLY, "probes": [[0, 1], [0, 1]]}), "probes names a slot twice"),
     (reply_bytes({**GOOD_REPLY, "probes": True}), "probes is True; expected a list"),
     (

@@ -1,7 +1,7 @@
 """One client: its slots, the trainings that a request asks for, and the reply."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import numpy as np
@@ -13,7 +13,7 @@ from fltac.client.training import Trained, TrainJob
 from fltac.config import Config, TrainingConfig
 from fltac.data.augment import Views, draw_views
 from fltac.data.encoded import EncodedTask
-from fltac.records import HEAD, LORA_A, Adapter, FloatArray, Reply, Request, Update, at_rank, is_head
+from fltac.records import HEAD, LORA_A, LORA_B, Adapter, FloatArray, Reply, Request, Update, at_rank, is_head
 from fltac.seeding import derive, generator
 
 
@@ -95,15 +95,15 @@ def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config
     for slot, tasks in sorted(client.slots.items()):
         start = start_adapter(request, slot, [task.head_key for task in tasks], initial)
         start = at_rank(start, config.lora.rank_of(client.id))
-        for probe in range(1 + probes_of(request, slot, config)):
+        for probe in range(1 + (0 if slot in request.slots else rule.probes)):
             seed = derive(config.federation.seed, "probe", probe) if probe else config.federation.seed
-            steps = rule.probe_steps if probe else None
+            count = rule.probe_steps if probe else None
             jobs.append(
                 TrainJob(
                     client=client.id,
                     slot=slot,
                     start=start,
-                    steps=_steps(client.id, slot, tasks, number, seed, steps, config.training),
+                    steps=_steps(client.id, slot, tasks, number, config.training, seed=seed, count=count),
                     examples=sum(len(task.rows) for task in tasks),
                     dropout_seed=derive(seed, "dropout", number, client.id, slot),
                     frozen=config.server.aggregation.frozen(number),
@@ -111,11 +111,6 @@ def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config
                 )
             )
     return jobs
-
-
-def probes_of(request: Request, slot: int, config: Config) -> int:
-    """How many probes a slot trains beside: where it begins from v0."""
-    return 0 if slot in request.slots else config.server.clustering.probes
 
 
 def label_shares(local: LocalTask, config: TrainingConfig) -> NDArray[np.float64] | None:
@@ -145,8 +140,7 @@ def reply_of(
     probes: dict[int, list[Adapter]] = {}
     for one in sorted(trained, key=lambda result: result.job.key):
         if one.job.probe:
-            sent = {name: tensor for name, tensor in _uploaded(one).items() if is_head(name) or name.endswith(LORA_A)}
-            probes.setdefault(one.job.slot, []).append(sent)
+            probes.setdefault(one.job.slot, []).append(_uploaded(as_sent(one)))
     updates = tuple(
         Update(
             client.id,
@@ -164,6 +158,14 @@ def reply_of(
     return Reply(client.id, updates)
 
 
+def as_sent(trained: Trained) -> Trained:
+    """A probe's result without B, which is not sent; any other as it is."""
+    if not trained.job.probe:
+        return trained
+    kept = {name: x for name, x in trained.adapter.items() if is_head(name) or not name.endswith(LORA_B)}
+    return replace(trained, adapter=kept)
+
+
 def _uploaded(trained: Trained) -> Adapter:
     ranks = {len(tensor) for name, tensor in trained.job.start.items() if name.endswith(LORA_A)}
     kept = {name: tensor for name, tensor in trained.adapter.items() if not trained.job.freezes(name)}
@@ -175,17 +177,25 @@ def _steps(
     slot: int,
     tasks: Sequence[LocalTask],
     number: int,
+    training: TrainingConfig,
+    *,
     seed: int,
     count: int | None,
-    training: TrainingConfig,
 ) -> list[Step]:
-    """A slot's batches, so many of each task or as many as it has steps.
+    """A slot's batches; those of several tasks in one slot (shared adapter) in a seeded random order.
 
-    Those of several tasks in one slot (shared adapter) come in a seeded random order.
+    Args:
+        client: The client's id.
+        slot: The slot.
+        tasks: That share it.
+        number: The round.
+        training: Of the run.
+        seed: The run's, or a probe's.
+        count: So many of each task; None: as many as it makes in a round.
     """
     steps: list[Step] = []
     for index, local in enumerate(tasks):
-        key, made = BatchKey(seed, number, client, slot + index), count or local.steps
+        key, made = BatchKey(seed, number, client, slot + index), local.steps if count is None else count
         batches = make_batches(local.rows, local.task.train.lengths, made, training.batch_size, training.batching, key)
         shares = label_shares(local, training)
         views: list[Views | None] = [None] * made

@@ -42,11 +42,10 @@ class ClusteringConfig(Section):
     from_round: Positive | Literal["auto"] | None = None
     """``spectral``: the first round after which slots are grouped. After those before it all are one cluster, so that
     all go on from the same adapter: what they learn then tells their tasks apart better than what they learned from v0,
-    whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss, or
-    means are not sent from the start), 1 with products
-    or ``probes``. ``auto``, with either: after the first where groups found in
-    one half of the adapted matrices agree with those of the other, else (and where there are too few slots, clients or
-    matrices to compare) after the second."""
+    whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss,
+    means are not sent from the start, or there are ``probes``), 1 with products. ``auto``, with either: after the first
+    where groups found in one half of the adapted matrices agree with those of the other, else (and where there are too
+    few slots, clients or matrices to compare) after the second."""
     cannot_link: bool = True
     """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
     loss; the other rules do not look at it."""
@@ -59,9 +58,9 @@ class ClusteringConfig(Section):
     """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
     with ``k: auto`` another K the error of its prediction) by more than this share."""
     probes: Annotated[int, Field(ge=0, le=64)] = 0
-    """``spectral``, where changes of A are compared: with the first upload of a slot its client also sends what A and
-    the heads became in so many short trainings from v0, each on other rows. What they have in common tells tasks apart
-    better than one long training, so slots are grouped after the first round unless ``from_round`` is given."""
+    """``spectral``, where changes of A are compared: until a slot has a cluster, its client trains it so many times
+    more from v0, a few steps each with batches drawn anew, and sends what A and the heads became. By these slots are
+    grouped, after the first round already (``docs/clustering.md``)."""
     probe_steps: Positive = 10
     """Optimizer steps of each probe."""
     profile_rows: Annotated[int, Field(ge=0)] = 0
@@ -151,11 +150,17 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
     if config.probes:
+        got = f"server.clustering.probes: got {config.probes}"
         if rule != "spectral":
-            return f"server.clustering.probes: got {config.probes} with rule={rule}; allowed with spectral"
-        if config.features == "products" or aggregation in ("ffa", "rolora"):
-            why = f"{aggregation} does not always train" if config.features != "products" else "products do not compare"
-            return f"server.clustering.probes: got {config.probes}, but {why} changes of A; allowed: 0"
+            return f"{got} with rule={rule}; allowed with spectral"
+        if pooled:
+            return f"{got}, but with federation.pool nothing is grouped; allowed: 0"
+        if config.features == "products":
+            return f"{got} with features=products; allowed with a and auto"
+        if config.features == "auto" and aggregation in ("ffa", "rolora"):
+            return f"{got}, but {aggregation} does not always train A; allowed: 0"
+        if config.from_round not in (None, 1):
+            return f"{got} with from_round={config.from_round}, but by probes slots are grouped at once; allowed: 1"
     if config.dual_softmax and rule != "spectral":
         return f"server.clustering.dual_softmax: got {config.dual_softmax:g} with rule={rule}; allowed with spectral"
     if config.dual_softmax and not config.cannot_link:

@@ -57,10 +57,10 @@ class ClientCheck:
     Attributes:
         client: The client's id.
         tasks: By slot.
-        seconds: What a round should take.
+        seconds: What a round should take; with probes the first, in which they are made.
         peak_memory_bytes: The most that the process has held in memory, backbone and encoded rows included; on a GPU
             also ``peak_gpu_bytes``.
-        upload_bytes: Size of the message that a round uploads.
+        upload_bytes: Size of the message that a round uploads; with probes the first.
         threads: CPU threads that are used.
         device: Where the backbone is.
     """
@@ -93,13 +93,16 @@ def check_client(config: Config, client_file: Path) -> ClientCheck:
     torch.set_num_threads(owner.threads)
     trained, seconds = [], {}
     for job in _jobs(owner):
-        if job.probe:
+        if job.probe:  # takes as long for each step, and uploads as much, as the slot's own
+            trained.append(Trained(job, job.start, 0.0))
             continue
         steps = job.steps[:TRIAL_STEPS]
         _trained(owner, replace(job, steps=steps[:1]))  # The first pass of all takes longer than those after it.
         begun = time.perf_counter()
         result = _trained(owner, replace(job, steps=steps))
-        seconds[job.slot] = (time.perf_counter() - begun) / len(steps) * len(job.steps)
+        each = (time.perf_counter() - begun) / len(steps)
+        tasks = len(owner.client.slots[job.slot])
+        seconds[job.slot] = each * (len(job.steps) + tasks * owner.config.probing_steps)
         trained.append(result)
     cuda = owner.backbone.device.type == "cuda"
     return ClientCheck(
@@ -143,5 +146,5 @@ def _task(owner: Owner, name: str, trained: list[Trained], seconds: Mapping[int,
         majority=majority_score(task),
         steps=local.steps,
         seconds=seconds[slot] * local.steps / sum(other.steps for other in owner.client.slots[slot]),
-        loss=next(result.loss for result in trained if result.job.slot == slot),
+        loss=next(result.loss for result in trained if result.job.slot == slot and not result.job.probe),
     )

@@ -23,7 +23,7 @@ class Meter:
     def on_round(self, number: int, requests: Sequence[Request]) -> None:
         """A round begins."""
         slots = [
-            (own, 0 if slot in request.slots else self._config.probing_steps)
+            (own, 0 if slot in request.slots or request.candidates else self._config.probing_steps)
             for request in requests
             for slot, own in self._clients[request.client].slots.items()
         ]

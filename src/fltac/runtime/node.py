@@ -256,6 +256,8 @@ def scores(owner: Owner, jobs: list[TrainJob], max_rows: int | None) -> Scores:
     """Scores what each slot starts from on its own validation rows; a shared slot gets the mean over its tasks."""
     config, out = owner.config, {}
     for job in jobs:
+        if job.probe:  # begins as the slot's own training does
+            continue
         found, rows = [], 0
         for local in owner.client.slots[job.slot]:
             task = local.task

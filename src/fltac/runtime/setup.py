@@ -150,7 +150,9 @@ def wrapped_backbone(config: Config, kind: Kind) -> tuple[Backbone, dict[str, tu
     if kind == "causal-lm" and config.server.clustering.profile_rows:
         raise InputError("server.clustering.profile_rows: causal-lm tasks have no profiles; allowed with them is 0")
     if kind == "causal-lm" and config.server.clustering.probes and config.server.clustering.features != "a":
-        raise InputError("server.clustering.probes: products are compared of causal-lm tasks; allowed with them is 0")
+        raise InputError(
+            "server.clustering.probes: causal-lm tasks are compared by products; allowed: 0, or features=a"
+        )
     backbone = load_backbone(config.backbone, kind, backbone_folder(config))
     full = config.training.trainable == "all"
     paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fltac.client.assignment import choose
-from fltac.client.client import Client, head_shapes, plan_jobs, reply_of
+from fltac.client.client import Client, as_sent, head_shapes, plan_jobs, reply_of
 from fltac.client.profile import profiles_of
 from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train_each
@@ -85,9 +85,10 @@ class Simulation:
             client = result.job.client
             if not result.job.probe:
                 losses.append(result.loss)
-            done[client].append(result)
+            done[client].append(as_sent(result))
             if len(done[client]) == asked[client]:
-                # At once, so that no adapter is held twice for longer than its client's turn.
+                # At once, so that no adapter is held twice for longer than its client's turn (probes, which are
+                # trained with those of all others, until its last training is done).
                 payload = self._payload(answered[client], done.pop(client), profiles.get(client))
                 up_bytes += len(payload)
                 replies[client] = decode_reply(payload)

@@ -111,14 +111,19 @@ def row_counts(experiment: Experiment) -> dict[str, Any]:
 
 
 def _slot_steps(experiment: Experiment) -> int:
-    """Optimizer steps of all local tasks in the rounds that their clients are drawn for: the budget of a method."""
+    """Optimizer steps of all local tasks in the rounds that their clients are drawn for, and those of one time probes.
+
+    That is the budget of a method, whatever got lost on the way.
+    """
     config = experiment.config
     if config.rounds == 0:
         return 0
     rounds = rounds_taken(config, sorted(experiment.clients))
+    made = {client: 1 if config.pooled else number for client, number in rounds.items() if number}
     return sum(
-        local.steps * (1 if config.pooled else rounds[client.id]) + config.probing_steps
+        local.steps * made[client.id] + config.probing_steps
         for client in experiment.clients.values()
+        if client.id in made
         for locals_ in client.slots.values()
         for local in locals_
     )

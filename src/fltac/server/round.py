@@ -265,6 +265,13 @@ def _learned(
     """What slots have learned, this round included: of those with probes what these did, each as if it were a round.
 
     Their own training, from v0 as well but longer, would outweigh the probes and says less than they do together.
+
+    Args:
+        state: Before the round.
+        updates: Checked and whole, at least one.
+        began: What each began from: with probes v0.
+        completion: Fills up probes.
+        settings: The server's.
     """
     of_a, probes = _compares_a(state, settings), max(len(update.probes) for update in updates)
     changes = None

@@ -132,7 +132,8 @@ def accept_updates(
             fault = update_fault(update, reply.client, seen, expected)
             fault = fault or choice_fault(update, request.candidates)
             fault = fault or profile_fault(update, request.profile, expected.hidden, expectations.noise)
-            due = 0 if update.slot in request.slots else expectations.probes
+            begun = update.slot in request.slots or request.candidates
+            due = 0 if begun else expectations.probes
             fault = fault or probes_fault(update, due, expectations.of_probes(reply.client))
             fault = fault or (product_fault(update.adapter) if expectations.decomposed else None)
             seen.add(update.slot)

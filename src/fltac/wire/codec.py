@@ -138,7 +138,7 @@ def decode_reply(data: bytes) -> Reply:
         raise WireError(f"reply of client {client!r}: error is {error!r}; expected text or null")
     slots = _pairs(record, "slots")
     declared = [PROFILES] if record.get("profiles") is True else []
-    probed = _probed(record, client, dict(slots)) if "probes" in record else {}
+    probed = _probed(record, client, dict(slots), len(tensors)) if "probes" in record else {}
     groups = _split(tensors, [*(str(slot) for slot, _ in slots), *declared, *chain(*probed.values())])
     profiles = groups.get(PROFILES, {})
     chosen = dict(_pairs(record, "chosen")) if "chosen" in record else {}
@@ -162,13 +162,15 @@ def decode_reply(data: bytes) -> Reply:
     return Reply(client, tuple(updates), error)
 
 
-def _probed(record: Mapping[str, Any], client: str, slots: Mapping[int, int]) -> dict[int, list[str]]:
-    """The names of the groups that hold a slot's probes."""
-    found = {}
-    for slot, count in _pairs(record, "probes"):
+def _probed(record: Mapping[str, Any], client: str, slots: Mapping[int, int], most: int) -> dict[int, list[str]]:
+    """The names of the groups that hold a slot's probes; no more groups than the message has tensors."""
+    found, pairs = {}, _pairs(record, "probes")
+    if sum(count for _, count in pairs) > most:
+        raise WireError(f"reply of client {client!r}: probes names more of them than its {most} tensors")
+    for slot, count in pairs:
         if slot not in slots:
             raise WireError(f"reply of client {client!r}: probes of slot {slot}, of which there is no update")
-        if not 1 <= count <= MOST_PROBES:
+        if count < 1 or count > MOST_PROBES:
             raise WireError(f"reply of client {client!r}: slot {slot} has {count} probes; allowed: 1 to {MOST_PROBES}")
         found[slot] = [f"{slot}.{number}" for number in range(1, count + 1)]
     return found

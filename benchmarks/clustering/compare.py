@@ -169,9 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
     others = (*(f"{name}+ranks" for name in SHARED), *(f"fltac-products{name}" for name in VARIANTS if name))
+    others = (*others, *(f"fltac{name}+probes" for name in ("", "-products") if args.size == "digits"))
     usual = [name for name in METHODS if name in size.chosen or name not in (*GROUPINGS, *SHARED, *others)]
-    methods = args.methods or usual
-    jobs: list[Job] = []
+    jobs, methods = list[Job](), args.methods or usual
     if args.what == "rates":
         rates = args.rates or size.tried
         own = [method for method in size.chosen if method in methods]

@@ -62,12 +62,13 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
         "",
         "Written by `benchmarks/clustering/compared.py` from the files in `comparison/`; do not edit.",
         "",
-        f"{size.about}; {rounds} rounds of {training['steps']} steps of {training['batch_size']} rows; scored on up to "
-        f"{size.rows} validation rows of a task; K = {tasks} is given but for `fltac+auto`. Score: the mean over "
-        "the tasks of what clients hold after the last round. Regret: what the oracle of the same seed scores "
-        "more. ARI: of all slots' clusters against their tasks, after the first round that groups (`fltac`: the "
-        "second, `+if-clear`: either; with products, `+at-once` or `+no-softmax`, and all others: the first) and after "
-        "the last. ±: one standard deviation over the seeds; rows of other seeds are compared by their regret alone. "
+        f"{size.about}; {rounds} rounds of {training['steps']} steps of {training['batch_size']} rows (`+probes`: as "
+        f"many in all, some of them in probes); scored on up to {size.rows} validation rows of a task; K = {tasks} is "
+        "given but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: "
+        "what the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the "
+        "first round that groups (`fltac`: the second, `+if-clear`: either; with products, `+at-once`, `+no-softmax` "
+        "or `+probes`, and all others: the first) and after the last. ±: one standard deviation over the seeds; rows "
+        "of other seeds are compared by their regret alone. "
         "The majority class's are of all validation rows. " + machines(regimes),
     ]
     for regime, runs in regimes.items():

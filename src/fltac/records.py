@@ -149,7 +149,7 @@ class Update:
 
     ``cluster``: the candidate that the client chose and began from, where it was to choose. ``profile``: float32
     ``[hidden]``, the mean feature of some of its rows, where asked for. ``probes``: what A and the heads became in
-    short trainings from v0, with a slot's first upload.
+    short trainings from v0, until a slot has a cluster.
     """
 
     client: str

@@ -111,7 +111,7 @@ def row_counts(experiment: Experiment) -> dict[str, Any]:
 
 
 def _slot_steps(experiment: Experiment) -> int:
-    """Optimizer steps of all local tasks in the rounds that their clients are drawn for, and those of one time probes.
+    """Optimizer steps of all local tasks in the rounds that their clients are drawn for, and of one set of probes.
 
     That is the budget of a method, whatever got lost on the way.
     """

@@ -48,6 +48,7 @@ class Size:
         wide: Of published rules with one adapter for all tasks: the rank of all tasks' adapters together, at the same
             scale, as the configs say for FedIT.
         about: Tasks, backbone and what is adapted, in words.
+        even: Of methods that compare gradients: fewer steps, so that these and the batches are as many as others' steps.
         rate_regime: In which learning rates are chosen.
         tried: Learning rates.
     """
@@ -60,6 +61,7 @@ class Size:
     about: str
     rate_regime: str = "I"
     tried: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    even: tuple[str, ...] = ("training.steps=46",)
 
     @property
     def rates(self) -> Path:
@@ -93,7 +95,7 @@ SIZES = {
     "small": Size(OUT, [*COMMON, *LIGHTER], 400, BASELINES, WIDE, GLUE + "the last two of six layers"),
     "full": Size(OUT / "full", COMMON, 1000, PUBLISHED, WIDE, GLUE + "all six layers"),
     "digits": Size(
-        OUT / "digits", [], 1000, PUBLISHED, ["lora.rank=8", "lora.alpha=32"], DIGITS, "V", (2.5e-3, 5e-3, 1e-2)
+        OUT / "digits", [], 1000, PUBLISHED, ["lora.rank=8", "lora.alpha=32"], DIGITS, "V", (2.5e-3, 5e-3, 1e-2), ()
     ),
 }
 
@@ -127,9 +129,8 @@ VARIANTS: dict[str, list[str]] = {
     "+at-once": ["server.clustering.from_round=1"],
     "+no-softmax": ["server.clustering.from_round=1", "server.clustering.dual_softmax=0"],
     "+if-clear": ["server.clustering.from_round=auto"],
-    "+probes": ["server.clustering.probes=3", "training.steps=44"],  # as many in all: 30 + 5 * 44; not for digits
 }
-"""Of ``fltac``."""
+"""Of ``fltac``, and of the same with changes of A or of products instead of gradients."""
 METHODS: dict[str, list[str]] = {
     "zero": ["method=zero"],
     "local": ["method=local"],
@@ -137,6 +138,7 @@ METHODS: dict[str, list[str]] = {
     "fedit+adjusted": ["method=fedit", *ADJUSTED],
     "fltac-paper": ["method=fltac-paper"],
     **{f"fltac-products{name}": ["server.clustering.features=products", *own] for name, own in VARIANTS.items()},
+    **{f"fltac-a{name}": ["server.clustering.features=a", *own] for name, own in VARIANTS.items()},
     **{f"fltac{name}": own for name, own in VARIANTS.items()},
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
@@ -168,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
-    others = (*(f"{name}+ranks" for name in SHARED), *(f"fltac-products{name}" for name in VARIANTS if name))
-    others = (*others, *(f"fltac{name}+probes" for name in ("", "-products") if args.size == "digits"))
+    variants = (f"fltac-{kind}{name}" for kind in ("products", "a") for name in VARIANTS if name)
+    others = (*(f"{name}+ranks" for name in SHARED), *variants)
     usual = [name for name in METHODS if name in size.chosen or name not in (*GROUPINGS, *SHARED, *others)]
     jobs, methods = list[Job](), args.methods or usual
     if args.what == "rates":
@@ -252,7 +254,8 @@ def rate_of(method: str, size: Size) -> list[str]:
 
 def settings_of(method: str, size: Size) -> list[str]:
     """What a method changes, in runs of a size."""
-    return METHODS[method] + (size.wide if method.partition("+")[0] in SHARED else [])
+    base = method.partition("+")[0]
+    return METHODS[method] + (size.wide if base in SHARED else [*size.even] if base == "fltac" else [])
 
 
 def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: list[str]) -> None:

@@ -56,18 +56,19 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
     """The lines of one size's tables."""
     config = next(iter(next(iter(regimes.values())).values()))[0]["config"]
     rounds, training = config["federation"]["rounds"], config["training"]
-    tasks = len(config["tasks"])
+    tasks, steps = len(config["tasks"]), 50 if size.even else training["steps"]
+    even = " (`fltac`: 46, and 20 batches of gradients before the first, so as many in all)" if size.even else ""
     lines = [
         f"# Methods compared{TITLES[name]}",
         "",
         "Written by `benchmarks/clustering/compared.py` from the files in `comparison/`; do not edit.",
         "",
-        f"{size.about}; {rounds} rounds of {training['steps']} steps of {training['batch_size']} rows (`+probes`: as "
-        f"many in all, some of them in probes); scored on up to {size.rows} validation rows of a task; K = {tasks} is "
+        f"{size.about}; {rounds} rounds of {steps} steps of {training['batch_size']} rows"
+        f"{even}; scored on up to {size.rows} validation rows of a task; K = {tasks} is "
         "given but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: "
         "what the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the "
-        "first round that groups (`fltac`: the second, `+if-clear`: either; with products, `+at-once`, `+no-softmax` "
-        "or `+probes`, and all others: the first) and after the last. ±: one standard deviation over the seeds; rows "
+        "first round that groups (`fltac-a`: the second, `+if-clear`: either; with `+at-once` or `+no-softmax`, and all "
+        "others: the first) and after the last. ±: one standard deviation over the seeds; rows "
         "of other seeds are compared by their regret alone. "
         "The majority class's are of all validation rows. " + machines(regimes),
     ]

@@ -17,22 +17,22 @@ COLOUR = {
     "fedit": "#8c6d31",
     "fedit+adjusted": "#c9a66b",
     "fltac-paper": "#c0392b",
-    "fltac": "#1f4e8c",
-    "fltac+auto": "#e377c2",
-    "fltac+no-softmax": "#74a9cf",
-    "fltac+at-once": "#d95f0e",
-    "fltac+if-clear": "#999933",
-    "fltac+probes": "#661100",
-    "fltac+profiles": "#2e8b57",
-    "fltac+adjusted": "#7d5ba6",
-    "fltac+profiles+adjusted": "#3b9ea5",
-    "fltac+profiles2": "#9fd3b0",
-    "fltac+profiles2+adjusted": "#a6d5da",
-    "fltac+confidence": "#a3b86c",
-    "fltac+shrinkage": "#6b8e9f",
-    "fltac+later": "#d4a017",
-    "fltac+loss": "#5d6d7e",
-    "fltac+single": "#c39bd3",
+    "fltac": "#000000",
+    "fltac-a": "#1f4e8c",
+    "fltac-a+auto": "#e377c2",
+    "fltac-a+no-softmax": "#74a9cf",
+    "fltac-a+at-once": "#d95f0e",
+    "fltac-a+if-clear": "#999933",
+    "fltac-a+profiles": "#2e8b57",
+    "fltac-a+adjusted": "#7d5ba6",
+    "fltac-a+profiles+adjusted": "#3b9ea5",
+    "fltac-a+profiles2": "#9fd3b0",
+    "fltac-a+profiles2+adjusted": "#a6d5da",
+    "fltac-a+confidence": "#a3b86c",
+    "fltac-a+shrinkage": "#6b8e9f",
+    "fltac-a+later": "#d4a017",
+    "fltac-a+loss": "#5d6d7e",
+    "fltac-a+single": "#c39bd3",
     "oracle": "#e08e45",
     "oracle+adjusted": "#b5651d",
     "central": "#555555",
@@ -82,11 +82,11 @@ def legend(figure: Figure, axes: Sequence[Any]) -> None:
 
 def colour(method: str) -> str:
     """Of a method's marks; grey for those without one of their own."""
-    return COLOUR.get(method.replace("-products", ""), "#999999")
+    return COLOUR.get(method.replace("-products", "-a"), "#999999")
 
 
 def dashes(method: str) -> str:
-    """Of a method's line: what compares products has the colour of what does not."""
+    """Of a method's line: what compares products has the colour of what compares changes of A."""
     return "--" if "-products" in method else "-"
 
 

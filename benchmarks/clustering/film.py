@@ -1,10 +1,6 @@
 """Plays whole runs and keeps what each slot learned in each round, so that rules that accumulate can be replayed.
 
     python benchmarks/clustering/film.py I II --seeds 0 1 --rounds 4 --steps 50
-    python benchmarks/clustering/film.py II --seeds 0 --rounds 1 --name fltac-probes --set server.clustering.probes=5
-
-Where slots are probed (``server.clustering.probes``) the film is of one round alone, and what it has in place of rounds
-are the probes.
 
 What is replayed is exact for the rule that was played, and an indication for others: later uploads depend on the means
 that were sent back. Any statement about another rule's later rounds needs a film of its own.
@@ -78,30 +74,21 @@ def play(config: Config, name: str, rows: int, out: Path) -> None:
     keys = sorted(tasks)
     before = first = first_state(experiment)
     pairs: list[tuple[Adapter, Adapter]] = []
-    probes = config.server.clustering.probes
-    if probes and config.rounds > 1:
-        raise SystemExit(f"federation.rounds: got {config.rounds}; a film of probes has 1")
 
     def watch(state: ServerState, replies: Sequence[Reply]) -> None:
         nonlocal before
         updates = {update.key: update for reply in replies for update in reply.updates}
-        if probes:
-            for number in range(probes):
-                # Of B nothing is sent: it counts as unchanged.
-                pairs.extend((first.initial, {**first.initial, **updates[key].probes[number]}) for key in keys)
-        else:
-            pairs.extend((before.received(key), updates[key].adapter) for key in keys)
+        pairs.extend((before.received(key), updates[key].adapter) for key in keys)
         before = state
 
     records, scored = played(experiment, first, rows, watch)
     rounds = [{name: record[name] for name in ("round", "clustering", "loss", "labels")} for record in records]
     names = list(experiment.tasks)
-    length = probes or len(rounds)
-    count = len(keys) * length
+    count = len(keys) * len(rounds)
     film = Recording(
-        {"film": name, "rounds": length, "git": code_state(), "versions": versions()},
-        np.array([names.index(tasks[key]) for key in keys] * length),
-        tuple(client for client, _ in keys) * length,
+        {"film": name, "rounds": len(rounds), "git": code_state(), "versions": versions()},
+        np.array([names.index(tasks[key]) for key in keys] * len(rounds)),
+        tuple(client for client, _ in keys) * len(rounds),
         np.zeros(count, dtype=np.int64),
         np.full(count, np.nan),
         np.full(count, np.nan),

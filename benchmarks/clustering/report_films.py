@@ -23,8 +23,8 @@ def film_tables() -> list[str]:
         "changes of A, K eigenvectors; `fltac-moments+2`: K + 2; all without the dual softmax. `fltac-single`: one "
         "cluster for all in each round, so that all slots always begin alike; `fltac-own`: each slot went on from its "
         "own upload until the third round; `fltac-first`: grouped at once, with the dual softmax, each slot's first "
-        "round compared with all rounds of the others (a trial, reverted); `fltac-probes`: one round, and its probes "
-        "(`server.clustering.probes`), so many and of so many steps, in place of rounds in the tables below. `small`: "
+        "round compared with all rounds of the others (a trial, reverted); `fltac-probes`: one round, and in place of "
+        "rounds in the tables below short trainings from v0, of so many steps each (a setting since removed). `small`: "
         "LoRA in two of six layers and batches of 4, as in the small comparison.",
         "",
         "| film | ARI by round | mean score at the end | rows of a task |",

@@ -34,10 +34,8 @@ CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_SLOTS = 10_000
 """Slot numbers of a data owner are below this."""
 
-LORA_A = ".lora_A"
-LORA_B = ".lora_B"
-BASE_A = ".base_A"
-BASE_B = ".base_B"
+LORA_A, LORA_B = ".lora_A", ".lora_B"
+BASE_A, BASE_B = ".base_A", ".base_B"
 HEAD = "head."
 
 
@@ -123,6 +121,7 @@ class Request:
         candidates: Clusters, all in ``adapters``, of which the client is to choose one for each of its slots by
             itself; empty where the server has decided.
         profile: Whether a profile of each slot is asked for, too.
+        gradients: Whether those of each slot without a cluster are, too.
     """
 
     round_number: int
@@ -132,6 +131,7 @@ class Request:
     initial: Adapter | None
     candidates: tuple[int, ...] = ()
     profile: bool = False
+    gradients: bool = False
 
     def sent(self, slot: int) -> Adapter | None:
         """The cluster's adapter that a slot was sent; None where it was to begin from v0."""
@@ -148,8 +148,8 @@ class Update:
     """One slot's trained adapter, as uploaded.
 
     ``cluster``: the candidate that the client chose and began from, where it was to choose. ``profile``: float32
-    ``[hidden]``, the mean feature of some of its rows, where asked for. ``probes``: what A and the heads became in
-    short trainings from v0, until a slot has a cluster.
+    ``[hidden]``, the mean feature of some of its rows. ``gradients``: by A's name float32 ``[directions, in]``, the
+    leading directions of its gradients at the bare backbone. Both only where asked for.
     """
 
     client: str
@@ -158,7 +158,7 @@ class Update:
     examples: int
     cluster: int | None = None
     profile: FloatArray | None = None
-    probes: tuple[Adapter, ...] = ()
+    gradients: Adapter | None = None
 
     @property
     def key(self) -> SlotKey:
@@ -268,7 +268,7 @@ class RoundReport:
         residuals: Where the server chose K: for each K that it tried, how badly the means of groups predict their
             members.
         profiled: Whether the clients' profiles counted; None where there are none.
-        agreement: Of groups found in halves of what was learned, where that decided whether slots are grouped.
+        agreement: Of groups found in halves of each kind of evidence, where that decided by which slots are grouped.
         product_error: How far the clusters' products are from the exact means of their members' products, relative
             (``server.aggregation.error``); None where nothing was averaged or the products are zero.
     """
@@ -284,7 +284,7 @@ class RoundReport:
     confidence: Mapping[SlotKey, float] = field(default_factory=dict)
     residuals: Mapping[int, float] | None = None
     profiled: bool | None = None
-    agreement: float | None = None
+    agreement: Mapping[str, float] | None = None
 
     def evidence(self) -> dict[str, object]:
         """For a round's record: how sure the grouping is, the five least sure slots, and the errors of each K."""

@@ -1,12 +1,12 @@
 """Every random choice of a run, derived from (seed, purpose, round, client, slot).
 
 Nothing depends on the order in which clients are visited: each choice has its own generator, keyed by what it
-is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``, ``client-rows``,
-``client-quarter``, ``slots``, ``validation-split``, ``validation-rows``, ``initial-adapter``,
-``initial-head-<key>``, ``cohort``, ``batches``, ``batch-order``, ``interleave``, ``dropout``, ``clustering``,
-``embedding``, ``choose-k``, ``subspace``, ``sketch <tensor>``, ``random-groups``, ``evaluation-rows``,
-``profile-rows``, ``profile-noise``, ``first-cluster``, ``assignment-rows``, ``held-back``, ``fresh-factors``,
-``probes``, ``probes <tensor>``, ``images <tensor>``, ``augment``, ``two-sines-data``, ``two-sines-<arm>-<width>``;
+is for. Purposes in use: ``partition``, ``task-cap``, ``client-labels``, ``client-rows``, ``client-quarter``, ``slots``,
+``validation-split``, ``validation-rows``, ``initial-adapter``, ``initial-head-<key>``, ``cohort``, ``batches``,
+``batch-order``, ``interleave``, ``dropout``, ``clustering``, ``embedding``, ``choose-k``, ``subspace``,
+``sketch <tensor>``, ``random-groups``, ``evaluation-rows``, ``profile-rows``, ``profile-noise``, ``first-cluster``,
+``assignment-rows``, ``held-back``, ``fresh-factors``, ``gradients``, ``gradient-outputs``, ``probes``,
+``probes <tensor>``, ``images <tensor>``, ``augment``, ``two-sines-data``, ``two-sines-<arm>-<width>``;
 with seed 0, whatever the run's, ``quarter-turns``, ``digits-halves``, ``digits-vit-weights``, ``digits-vit-batches``.
 """
 

@@ -1,7 +1,7 @@
 """One client: its slots, the trainings that a request asks for, and the reply."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
@@ -13,7 +13,7 @@ from fltac.client.training import Trained, TrainJob
 from fltac.config import Config, TrainingConfig
 from fltac.data.augment import Views, draw_views
 from fltac.data.encoded import EncodedTask
-from fltac.records import HEAD, LORA_A, LORA_B, Adapter, FloatArray, Reply, Request, Update, at_rank, is_head
+from fltac.records import HEAD, LORA_A, Adapter, FloatArray, Reply, Request, Update, at_rank, is_head
 from fltac.seeding import derive, generator
 
 
@@ -89,27 +89,23 @@ def start_adapter(request: Request, slot: int, heads: Sequence[str], initial: Ad
 
 
 def plan_jobs(client: Client, request: Request, initial: Adapter, config: Config) -> list[TrainJob]:
-    """The trainings of one client in one round: one for each slot, and the probes of those that begin from v0."""
+    """The trainings of one client in one round, one for each slot."""
     jobs = []
-    number, rule = request.round_number, config.server.clustering
+    number, seed = request.round_number, config.federation.seed
     for slot, tasks in sorted(client.slots.items()):
         start = start_adapter(request, slot, [task.head_key for task in tasks], initial)
         start = at_rank(start, config.lora.rank_of(client.id))
-        for probe in range(1 + (0 if slot in request.slots else rule.probes)):
-            seed = derive(config.federation.seed, "probe", probe) if probe else config.federation.seed
-            count = rule.probe_steps if probe else None
-            jobs.append(
-                TrainJob(
-                    client=client.id,
-                    slot=slot,
-                    start=start,
-                    steps=_steps(client.id, slot, tasks, number, config.training, seed=seed, count=count),
-                    examples=sum(len(task.rows) for task in tasks),
-                    dropout_seed=derive(seed, "dropout", number, client.id, slot),
-                    frozen=config.server.aggregation.frozen(number),
-                    probe=probe,
-                )
+        jobs.append(
+            TrainJob(
+                client=client.id,
+                slot=slot,
+                start=start,
+                steps=draw_steps(client.id, slot, tasks, number, config.training, seed=seed),
+                examples=sum(len(task.rows) for task in tasks),
+                dropout_seed=derive(seed, "dropout", number, client.id, slot),
+                frozen=config.server.aggregation.frozen(number),
             )
+        )
     return jobs
 
 
@@ -130,17 +126,15 @@ def reply_of(
     trained: Sequence[Trained],
     request: Request | None = None,
     profiles: Mapping[int, FloatArray] | None = None,
+    gradients: Mapping[int, Adapter] | None = None,
 ) -> Reply:
-    """The upload of all of a client's slots: of each what was trained, at the rank that it was sent, and its probes.
+    """The upload of all of a client's slots: of each what was trained, at the rank that it was sent.
 
-    With the clusters that the slots chose, where a request let them choose, and profiles by slot, if there are any.
+    With the clusters that the slots chose, where a request let them choose, and by slot profiles and gradients, if
+    there are any.
     """
     chosen = request.slots if request is not None and request.candidates else {}
-    said = profiles or {}
-    probes: dict[int, list[Adapter]] = {}
-    for one in sorted(trained, key=lambda result: result.job.key):
-        if one.job.probe:
-            probes.setdefault(one.job.slot, []).append(_uploaded(as_sent(one)))
+    said, seen = profiles or {}, gradients or {}
     updates = tuple(
         Update(
             client.id,
@@ -149,21 +143,12 @@ def reply_of(
             one.job.examples,
             chosen.get(slot),
             said.get(slot),
-            tuple(probes.get(slot, ())),
+            seen.get(slot),
         )
         for one in trained
-        if not one.job.probe
         for slot in [one.job.slot]
     )
     return Reply(client.id, updates)
-
-
-def as_sent(trained: Trained) -> Trained:
-    """A probe's result without B, which is not sent; any other as it is."""
-    if not trained.job.probe:
-        return trained
-    kept = {name: x for name, x in trained.adapter.items() if is_head(name) or not name.endswith(LORA_B)}
-    return replace(trained, adapter=kept)
 
 
 def _uploaded(trained: Trained) -> Adapter:
@@ -172,7 +157,7 @@ def _uploaded(trained: Trained) -> Adapter:
     return at_rank(kept, ranks.pop()) if ranks else kept
 
 
-def _steps(
+def draw_steps(
     client: str,
     slot: int,
     tasks: Sequence[LocalTask],
@@ -180,7 +165,7 @@ def _steps(
     training: TrainingConfig,
     *,
     seed: int,
-    count: int | None,
+    count: int | None = None,
 ) -> list[Step]:
     """A slot's batches; those of several tasks in one slot (shared adapter) in a seeded random order.
 
@@ -190,7 +175,7 @@ def _steps(
         tasks: That share it.
         number: The round.
         training: Of the run.
-        seed: The run's, or a probe's.
+        seed: Of the batches.
         count: So many of each task; None: as many as it makes in a round.
     """
     steps: list[Step] = []

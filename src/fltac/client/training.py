@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from fltac.client.optimizer import LaneOptimizer
 from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.config import TrainingConfig
 from fltac.model.lanes import LaneModel
-from fltac.records import Adapter, is_head
+from fltac.records import Adapter, SlotKey, is_head
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,11 @@ class TrainJob:
     dropout_seed: int
     frozen: str | None = None
     """The ending of the names of factors that are not trained."""
-    probe: int = 0
-    """From 1 on: a short training beside the slot's own, for what it tells of the task."""
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        """Of all trainings of a round this one."""
-        return self.client, self.slot, self.probe
+    def key(self) -> SlotKey:
+        """Whose it is."""
+        return self.client, self.slot
 
     def freezes(self, name: str) -> bool:
         """Whether a tensor stays as it is."""
@@ -74,6 +73,7 @@ class Trained:
     loss: float
 
 
+Result = TypeVar("Result")
 OnPass = Callable[[int, Tensor], None]
 """Told after a pass how many adapters were in it, and their losses; reading those waits for a GPU."""
 
@@ -116,20 +116,45 @@ def train_each(
     on_pass: OnPass = no_report,
 ) -> Iterator[Trained]:
     """As :func:`train`, but yields each result when its pool is done, so that not all need to be in memory."""
+
+    def work(own: LaneModel, pool: Sequence[TrainJob], watched: OnPass) -> list[Trained]:
+        return train_pool(own, pool, config, dropout, plan, watched)
+
+    for done in over_pools(model, jobs, plan, work, on_pass):
+        yield from done
+
+
+def over_pools(
+    model: LaneModel,
+    jobs: Sequence[TrainJob],
+    plan: LanePlan,
+    work: Callable[[LaneModel, Sequence[TrainJob], OnPass], Result],
+    on_pass: OnPass,
+    size: int = POOL,
+) -> Iterator[Result]:
+    """Does something with all jobs, those together that are in memory together; yields what came of each such pool.
+
+    Args:
+        model: The backbone with its lanes.
+        jobs: In any order.
+        plan: How large a pass may be, and how many run side by side.
+        work: Given a model, a pool and what to tell of each pass.
+        on_pass: What to tell.
+        size: The most jobs of a pool.
+    """
     # One adapter at a time needs no others in memory; with full fine-tuning each is as large as the backbone.
-    todo = pools(jobs, 1 if plan.lanes == 1 else POOL, plan)
+    todo = pools(jobs, 1 if plan.lanes == 1 else size, plan)
     with warnings.catch_warnings():
         # The gradients' strides are those of the matrix that the optimizer works on.
         warnings.filterwarnings("ignore", message="grad and param do not obey")
         workers = min(plan.workers, len(todo))
         if workers <= 1:
             for pool in todo:
-                yield from train_pool(model, pool, config, dropout, plan, on_pass)
+                yield work(model, pool, on_pass)
             return
         with Crew(model, workers, plan.workers // workers) as crew:
             watched = crew.watched(on_pass)
-            for done in crew.map(lambda own, pool: train_pool(own, pool, config, dropout, plan, watched), todo):
-                yield from done
+            yield from crew.map(lambda own, pool: work(own, pool, watched), todo)
 
 
 def pools(jobs: Sequence[TrainJob], size: int, plan: LanePlan) -> list[list[TrainJob]]:

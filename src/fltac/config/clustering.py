@@ -10,6 +10,11 @@ from fltac.config.base import Positive, Section
 COUNTING = ("cfl", "fedlease")
 """Rules that find K by themselves where it is not given; the others take the number of tasks."""
 
+Compared = Literal["gradients", "a", "products"]
+"""What ``spectral`` compares."""
+GRADIENT_DIRECTIONS = 3
+"""Of a slot's gradients of each adapted matrix, which its client sends."""
+
 
 class ClusteringConfig(Section):
     """How the server groups the uploads."""
@@ -25,44 +30,40 @@ class ClusteringConfig(Section):
     how well the means of groups found in some of the adapted matrices predict their members in the others; with
     ``cannot_link`` at least as many as one client has slots. ``cfl`` needs none; ``fedlease`` takes the best
     silhouette where it is not given."""
-    features: Literal["auto", "a", "products"] = "auto"
-    """``spectral``: what is compared of each adapted matrix. ``a``: the change of A, without its sign, and half as much
-    of the head's, so that clients whose labels are skewed are not told apart by it; ``products``: the change of the
-    product B A, with its sign, and as much of the head's; ``auto``: ``a``, but ``products`` where nothing has a head
-    (language models) or A is not trained in all rounds (``ffa``, ``rolora``)."""
+    features: Compared | Literal["auto"] = "auto"
+    """``spectral``: what is compared of each adapted matrix. ``gradients``: those of A at the bare backbone, on a few
+    batches before a slot's first training, without their sign; its client sends their leading directions, once.
+    ``a``: the change of A in all rounds, without its sign, and half as much of the head's; ``products``: the change of
+    the product B A, with its sign, and as much of the head's; ``auto``: ``gradients``, but ``products`` where nothing
+    has a head (language models) or no factors are trained (full fine-tuning)."""
+    gradient_batches: Positive = 20
+    """Of which a slot's gradients are compared, with ``gradients``."""
     extra_eigenvectors: Annotated[int, Field(ge=0)] | None = None
-    """``spectral``: so many beyond the K leading ones are clustered in, too; default: 2 where changes of A are
-    compared, none with products."""
+    """``spectral``: so many beyond the K leading ones are clustered in, too; default: 2, none with products."""
     dual_softmax: Annotated[float, Field(ge=0)] | None = None
     """``spectral`` with ``cannot_link``: how sharply the slots of two clients compete for each other, after what
-    slots are to be expected to have in common is taken away; 0: it is compared as it is. Default: 1.5 where changes of
-    A are compared, 0 with products."""
+    slots are to be expected to have in common is taken away; 0: it is compared as it is. Default: 1.5, but 0 with
+    products."""
     head: bool = True
     """Let the head (``kmeans``) or the change of the head (``spectral``) enter the features."""
     from_round: Positive | Literal["auto"] | None = None
     """``spectral``: the first round after which slots are grouped. After those before it all are one cluster, so that
     all go on from the same adapter: what they learn then tells their tasks apart better than what they learned from v0,
-    whose B is zero. Default: 2 where changes of A are compared (1 where there is one round, clients choose by loss,
-    means are not sent from the start, or there are ``probes``), 1 with products. ``auto``, with either: after the first
-    where groups found in one half of the adapted matrices agree with those of the other, else (and where there are too
-    few slots, clients or matrices to compare) after the second."""
+    whose B is zero. Default: 1, but 2 with ``a`` (1 there, too, where there is one round, clients choose by loss, or
+    means are not sent from the start). ``auto``: after the first where groups found in one half of the adapted matrices
+    agree with those of the other, else (and where there are too few slots, clients or matrices to compare) after the
+    second."""
     cannot_link: bool = True
     """Slots of one client fall into different clusters: with ``kmeans`` and ``spectral``, and where clients choose by
     loss; the other rules do not look at it."""
     memory: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """``spectral``: weight with which what was learned in earlier rounds is kept when a new round is added: of the
-    second moments of changes of A, of the sum of changes of products."""
+    """``spectral`` with changes: weight with which what was learned in earlier rounds is kept when a new round is
+    added: of the second moments of changes of A, of the sum of changes of products."""
     starts: Positive = 20
     """Number of seeded starts of K-means; the best objective wins."""
     hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """``spectral``: the grouping of the round before stays unless another one lowers its sum of squared distances (and
     with ``k: auto`` another K the error of its prediction) by more than this share."""
-    probes: Annotated[int, Field(ge=0, le=64)] = 0
-    """``spectral``, where changes of A are compared: until a slot has a cluster, its client trains it so many times
-    more from v0, a few steps each with batches drawn anew, and sends what A and the heads became. By these slots are
-    grouped, after the first round already (``docs/clustering.md``)."""
-    probe_steps: Positive = 10
-    """Optimizer steps of each probe."""
     profile_rows: Annotated[int, Field(ge=0)] = 0
     """``spectral``: with the first upload of a slot its client also sends a profile, the mean of what the frozen
     backbone makes of so many of its training rows, which is compared, too. It says what the rows are about."""
@@ -90,6 +91,19 @@ class ClusteringConfig(Section):
     """``cfl``: and while a member's update has a norm above this share of the same largest mean."""
     k_max: Positive = 8
     """``fedlease``: the most clusters that the silhouette chooses from."""
+
+    def compared(self, labelled: bool, factors: bool) -> Compared | None:
+        """What ``spectral`` compares; None with other rules.
+
+        Args:
+            labelled: Whether tasks have heads.
+            factors: Whether low-rank factors are trained.
+        """
+        if self.rule != "spectral":
+            return None
+        if self.features != "auto":
+            return self.features
+        return "gradients" if labelled and factors else "products"
 
     @property
     def latest_first_round(self) -> int:
@@ -149,18 +163,6 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         return "server.clustering.held_back needs rule=ifca or assign=loss, which score these rows"
     if config.profile_rows and rule != "spectral":
         return f"server.clustering.profile_rows: got {config.profile_rows} with rule={rule}; allowed with spectral"
-    if config.probes:
-        got = f"server.clustering.probes: got {config.probes}"
-        if rule != "spectral":
-            return f"{got} with rule={rule}; allowed with spectral"
-        if pooled:
-            return f"{got}, but with federation.pool nothing is grouped; allowed: 0"
-        if config.features == "products":
-            return f"{got} with features=products; allowed with a and auto"
-        if config.features == "auto" and aggregation in ("ffa", "rolora"):
-            return f"{got}, but {aggregation} does not always train A; allowed: 0"
-        if config.from_round not in (None, 1):
-            return f"{got} with from_round={config.from_round}, but by probes slots are grouped at once; allowed: 1"
     if config.dual_softmax and rule != "spectral":
         return f"server.clustering.dual_softmax: got {config.dual_softmax:g} with rule={rule}; allowed with spectral"
     if config.dual_softmax and not config.cannot_link:
@@ -170,7 +172,8 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
         )
     if rule == "spectral" and config.features == "a" and aggregation in ("ffa", "rolora"):
         return (
-            f"server.clustering.features: got 'a', but {aggregation} does not always train A; allowed: auto, products"
+            f"server.clustering.features: got 'a', but {aggregation} does not always train A; allowed: auto, "
+            "gradients, products"
         )
     if config.profile_noise and not config.profile_rows:
         return "server.clustering.profile_noise needs profile_rows, to whose profiles it is added"

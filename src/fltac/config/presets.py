@@ -18,7 +18,6 @@ OWNED: Tree = {
             "head": True,
             "cannot_link": True,
             "starts": 20,
-            "probes": 0,
             "profile_rows": 0,
             "profile_noise": 0.0,
             "assign": "uploads",

@@ -191,7 +191,7 @@ class Config(Section):
     def server_settings(self) -> ServerSettings:
         """The part of the configuration that the server may see."""
         grouping, aggregation = self.server.clustering, self.server.aggregation
-        at_once = self.rounds < 2 or grouping.probes > 0 or grouping.assign == "loss" or aggregation.from_round > 1
+        at_once = self.rounds < 2 or grouping.assign == "loss" or aggregation.from_round > 1
         if grouping.from_round is None and at_once:
             grouping = grouping.model_copy(update={"from_round": 1})
         return ServerSettings(
@@ -205,10 +205,11 @@ class Config(Section):
             ranks=self.lora.ranks,
         )
 
-    @property
-    def probing_steps(self) -> int:
-        """Steps that a slot makes in its probes, beside those of its first training."""
-        return self.server.clustering.probes * self.server.clustering.probe_steps
+    def gradient_batches(self, labelled: bool) -> int:
+        """Batches of each task whose gradients are made before a slot's first training; ``labelled``: it has a head."""
+        grouping = self.server.clustering
+        compared = grouping.compared(labelled, self.training.trainable == "lora")
+        return grouping.gradient_batches if compared == "gradients" else 0
 
     @property
     def pooled(self) -> bool:

@@ -91,14 +91,15 @@ class LaneModel:
         self.gradients = self._all
         self.in_pass: tuple[int, ...] = ()
 
-    def twin(self) -> "LaneModel":
-        """Another one around the same frozen weights, for another thread; not for full fine-tuning."""
+    def twin(self, rank: int | None = None) -> "LaneModel":
+        """Another one around the same frozen weights, for another thread or rank; not for full fine-tuning."""
         assert self.layers, "full fine-tuning changes the weights"
         model = self.backbone.model
         weights = [*model.parameters(), *model.buffers()]
         with detached(model, self.layers):
             copied = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-        other = LaneModel(replace(self.backbone, model=copied), self._modules, self._rank, self.scaling, self.dtype)
+        backbone = replace(self.backbone, model=copied)
+        other = LaneModel(backbone, self._modules, rank or self._rank, self.scaling, self.dtype)
         other.first_position, other.cut = self.first_position, self.cut
         other.prefix = None if self.prefix is None else replace(self.prefix, model=copied)
         return other

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fltac.client.client import head_shapes, plan_jobs, reply_of
+from fltac.client.gradients import gradients, plan_gradients
 from fltac.client.training import Trained, TrainJob, train
 from fltac.config import Config
 from fltac.data.encoded import majority_score
@@ -57,10 +58,10 @@ class ClientCheck:
     Attributes:
         client: The client's id.
         tasks: By slot.
-        seconds: What a round should take; with probes the first, in which they are made.
+        seconds: What a round should take: the first, in which gradients are made where they are compared.
         peak_memory_bytes: The most that the process has held in memory, backbone and encoded rows included; on a GPU
             also ``peak_gpu_bytes``.
-        upload_bytes: Size of the message that a round uploads; with probes the first.
+        upload_bytes: Size of the message that the first round uploads.
         threads: CPU threads that are used.
         device: Where the backbone is.
     """
@@ -91,19 +92,18 @@ def check_client(config: Config, client_file: Path) -> ClientCheck:
     """
     owner = load_owner(config, client_file)
     torch.set_num_threads(owner.threads)
-    trained, seconds = [], {}
-    for job in _jobs(owner):
-        if job.probe:  # takes as long for each step, and uploads as much, as the slot's own
-            trained.append(Trained(job, job.start, 0.0))
-            continue
-        steps = job.steps[:TRIAL_STEPS]
-        _trained(owner, replace(job, steps=steps[:1]))  # The first pass of all takes longer than those after it.
+    request = _first_request(owner)
+    trained, seconds, seen = [], {}, {}
+    for job in plan_jobs(owner.client, request, request.initial or {}, owner.config):
+        _trained(owner, _short(job, 1))  # The first pass of all takes longer than those after it.
         begun = time.perf_counter()
-        result = _trained(owner, replace(job, steps=steps))
-        each = (time.perf_counter() - begun) / len(steps)
-        tasks = len(owner.client.slots[job.slot])
-        seconds[job.slot] = each * (len(job.steps) + tasks * owner.config.probing_steps)
-        trained.append(result)
+        trained.append(_trained(owner, _short(job)))
+        seconds[job.slot] = (time.perf_counter() - begun) / len(_short(job).steps) * len(job.steps)
+    for job in plan_gradients(owner.client, request, request.initial or {}, owner.config):
+        begun = time.perf_counter()
+        (found,) = gradients(owner.model, [_short(job)], owner.config.training, owner.plan)
+        seen[job.slot] = found.directions
+        seconds[job.slot] += (time.perf_counter() - begun) / len(_short(job).steps) * len(job.steps)
     cuda = owner.backbone.device.type == "cuda"
     return ClientCheck(
         client=owner.client.id,
@@ -111,19 +111,24 @@ def check_client(config: Config, client_file: Path) -> ClientCheck:
         seconds=sum(seconds.values()),
         peak_memory_bytes=peak_rss_bytes(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated() if cuda else None,
-        upload_bytes=len(encode_reply(reply_of(owner.client, trained), owner.config.wire_dtype)),
+        upload_bytes=len(encode_reply(reply_of(owner.client, trained, gradients=seen), owner.config.wire_dtype)),
         threads=owner.threads,
         device=owner.backbone.device.type,
     )
 
 
-def _jobs(owner: Owner) -> list[TrainJob]:
-    """The trainings of a first round, from an adapter as a server would draw it."""
+def _short(job: TrainJob, steps: int = TRIAL_STEPS) -> TrainJob:
+    return replace(job, steps=job.steps[:steps])
+
+
+def _first_request(owner: Owner) -> Request:
+    """That of a first round, with an adapter as a server would draw it."""
     hidden = owner.backbone.hidden
     heads = head_shapes([local for own in owner.client.slots.values() for local in own], hidden)
     settings, shapes = owner.config.server_settings, owner.model.body_shapes
     initial = init_server(settings, shapes, dict(sorted(heads.items())), [owner.client.id]).initial
-    return plan_jobs(owner.client, Request(1, owner.client.id, {}, {}, initial), initial, owner.config)
+    asked = owner.config.gradient_batches(bool(heads)) > 0
+    return Request(1, owner.client.id, {}, {}, initial, gradients=asked)
 
 
 def _trained(owner: Owner, job: TrainJob) -> Trained:
@@ -146,5 +151,5 @@ def _task(owner: Owner, name: str, trained: list[Trained], seconds: Mapping[int,
         majority=majority_score(task),
         steps=local.steps,
         seconds=seconds[slot] * local.steps / sum(other.steps for other in owner.client.slots[slot]),
-        loss=next(result.loss for result in trained if result.job.slot == slot and not result.job.probe),
+        loss=next(result.loss for result in trained if result.job.slot == slot),
     )

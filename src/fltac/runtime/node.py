@@ -14,6 +14,7 @@ import torch
 
 from fltac.client.assignment import choose
 from fltac.client.client import head_shapes, plan_jobs, reply_of
+from fltac.client.gradients import gradients, plan_gradients
 from fltac.client.profile import multiplier, profiles_of
 from fltac.client.training import TrainJob, train
 from fltac.config import Config, load_config
@@ -124,8 +125,10 @@ class Node:
             request = chosen(owner, request, self._initial)
             jobs = owner_jobs(owner, request, self._initial)
             profiles = allowed_profiles(owner) if request.profile else {}
+            asked = plan_gradients(owner.client, request, self._initial or {}, config)
+            seen = gradients(owner.model, asked, config.training, owner.plan)
             trained = train(owner.model, jobs, config.training, config.lora.dropout, owner.plan)
-            return reply_of(owner.client, trained, request, profiles)
+            return reply_of(owner.client, trained, request, profiles, {one.slot: one.directions for one in seen})
         return scores(owner, owner_jobs(owner, request, self._initial), question.max_rows)
 
     def _current(self) -> Owner:
@@ -256,8 +259,6 @@ def scores(owner: Owner, jobs: list[TrainJob], max_rows: int | None) -> Scores:
     """Scores what each slot starts from on its own validation rows; a shared slot gets the mean over its tasks."""
     config, out = owner.config, {}
     for job in jobs:
-        if job.probe:  # begins as the slot's own training does
-            continue
         found, rows = [], 0
         for local in owner.client.slots[job.slot]:
             task = local.task

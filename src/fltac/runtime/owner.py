@@ -98,7 +98,7 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
         before, most = slots.get(slot, ()), file.limits.steps
         rows = np.arange(len(task.train))
         local = local_task(task, rows, task.head_key, config, file.id, slot + len(before))
-        steps = local.steps + config.probing_steps
+        steps = local.steps + config.gradient_batches(bool(task.head_key))
         if most is not None and steps > most:
             raise InputError(f"training: {steps} steps of the task {name} in a round; limits.steps allows {most}")
         slots[slot] = (*before, local)

@@ -149,10 +149,6 @@ def wrapped_backbone(config: Config, kind: Kind) -> tuple[Backbone, dict[str, tu
     """
     if kind == "causal-lm" and config.server.clustering.profile_rows:
         raise InputError("server.clustering.profile_rows: causal-lm tasks have no profiles; allowed with them is 0")
-    if kind == "causal-lm" and config.server.clustering.probes and config.server.clustering.features != "a":
-        raise InputError(
-            "server.clustering.probes: causal-lm tasks are compared by products; allowed: 0, or features=a"
-        )
     backbone = load_backbone(config.backbone, kind, backbone_folder(config))
     full = config.training.trainable == "all"
     paths = [] if full else find_targets(backbone.model, config.lora.targets, config.lora.layers)
@@ -184,12 +180,13 @@ def resolved(experiment: Experiment) -> Experiment:
 def _visits(config: Config, clients: Mapping[str, Client], tasks: Mapping[str, EncodedTask]) -> list[tuple[Split, int]]:
     """The splits that a run reads, each with the most rows that it reads of it."""
     out, rule = [], config.server.clustering
-    # Beside batches, rows that profiles and probes are of, and that candidates are scored on where none are held back.
-    beside = rule.profile_rows + config.probing_steps * config.training.batch_size
-    beside += 0 if rule.held_back or not rule.scores else rule.assignment_rows * config.rounds
+    # Beside batches, rows that profiles are of, and that candidates are scored on where none are held back.
+    beside = rule.profile_rows + (0 if rule.held_back or not rule.scores else rule.assignment_rows * config.rounds)
     for name, task in tasks.items():
+        batches = config.gradient_batches(bool(task.head_key))
         held = [
-            min(len(local.rows), local.steps * config.training.batch_size * config.rounds + beside) + len(local.held)
+            min(len(local.rows), (local.steps * config.rounds + batches) * config.training.batch_size + beside)
+            + len(local.held)
             for client in clients.values()
             for locals_ in client.slots.values()
             for local in locals_

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fltac.client.assignment import choose
-from fltac.client.client import Client, as_sent, head_shapes, plan_jobs, reply_of
+from fltac.client.client import Client, head_shapes, plan_jobs, reply_of
+from fltac.client.gradients import gradients, plan_gradients
 from fltac.client.profile import profiles_of
 from fltac.client.schedule import LanePlan
 from fltac.client.training import OnPass, Trained, no_report, train_each
@@ -70,6 +71,16 @@ class Simulation:
             for client, request in answered.items()
             if request.profile
         }
+        seen: dict[str, dict[int, Adapter]] = {client: {} for client in answered}
+        asked_first = [
+            job
+            for request in received
+            for job in plan_gradients(
+                self.clients[request.client], request, request.initial or self.initial, self.config
+            )
+        ]
+        for found in gradients(self.model, asked_first, self.config.training, self.plan, self.on_pass):
+            seen[found.client][found.slot] = found.directions
         jobs = [
             job
             for request in received
@@ -83,13 +94,11 @@ class Simulation:
             self.model, jobs, self.config.training, self.config.lora.dropout, self.plan, self.on_pass
         ):
             client = result.job.client
-            if not result.job.probe:
-                losses.append(result.loss)
-            done[client].append(as_sent(result))
+            losses.append(result.loss)
+            done[client].append(result)
             if len(done[client]) == asked[client]:
-                # At once, so that no adapter is held twice for longer than its client's turn (probes, which are
-                # trained with those of all others, until its last training is done).
-                payload = self._payload(answered[client], done.pop(client), profiles.get(client))
+                # At once, so that no adapter is held twice for longer than its client's turn.
+                payload = self._payload(answered[client], done.pop(client), profiles.get(client), seen.pop(client))
                 up_bytes += len(payload)
                 replies[client] = decode_reply(payload)
         ordered = tuple(replies[request.client] for request in received if request.client in replies)
@@ -112,11 +121,18 @@ class Simulation:
             received.append(replace(got, adapters=adapters, initial=initial))
         return received, size
 
-    def _payload(self, request: Request, own: Sequence[Trained], profiles: Mapping[int, FloatArray] | None) -> bytes:
+    def _payload(
+        self,
+        request: Request,
+        own: Sequence[Trained],
+        profiles: Mapping[int, FloatArray] | None,
+        seen: Mapping[int, Adapter],
+    ) -> bytes:
         """A client's encoded reply."""
         client = request.client
         try:
-            reply = reply_of(self.clients[client], sorted(own, key=lambda result: result.job.slot), request, profiles)
+            trained = sorted(own, key=lambda result: result.job.slot)
+            reply = reply_of(self.clients[client], trained, request, profiles, seen)
             return encode_reply(reply, self.config.wire_dtype)
         except WireError as error:
             # Diverged: its values do not fit the wire's dtype. The round goes on without it.

@@ -111,7 +111,7 @@ def row_counts(experiment: Experiment) -> dict[str, Any]:
 
 
 def _slot_steps(experiment: Experiment) -> int:
-    """Optimizer steps of all local tasks in the rounds that their clients are drawn for, and of one set of probes.
+    """Steps of all local tasks in the rounds that their clients are drawn for, and the batches of their gradients.
 
     That is the budget of a method, whatever got lost on the way.
     """
@@ -119,9 +119,10 @@ def _slot_steps(experiment: Experiment) -> int:
     if config.rounds == 0:
         return 0
     rounds = rounds_taken(config, sorted(experiment.clients))
+    beside = config.gradient_batches(bool(experiment.head_shapes))
     made = {client: 1 if config.pooled else number for client, number in rounds.items() if number}
     return sum(
-        local.steps * made[client.id] + config.probing_steps
+        local.steps * made[client.id] + beside
         for client in experiment.clients.values()
         if client.id in made
         for locals_ in client.slots.values()

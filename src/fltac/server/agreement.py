@@ -1,9 +1,10 @@
-"""Whether what slots have learned tells them apart: do the groups found in one half of it agree with the other's?
+"""Whether what slots have said tells them apart: do the groups found in one half of it agree with the other's?
 
-After the first round from v0 some federations can be grouped as they are, others are better left together for one more
-round (``server.clustering.from_round: auto``). How many slots a grouping has wrong the server cannot see. But where the
-groups found in two halves of the adapted matrices are alike, they are mostly right as well (``docs/clustering.md``).
-Heads, and profiles that count, belong to both halves.
+How many slots a grouping has wrong the server cannot see. But where the groups found in two halves of the adapted
+matrices are alike, they are mostly right as well (``docs/clustering.md``). So of two kinds of evidence, gradients and
+the first trainings' changes, that is grouped by whose halves agree more; and where they hardly agree, slots may be
+left together for one more round (``server.clustering.from_round: auto``). Heads, and profiles that count, belong to
+both halves.
 """
 
 from dataclasses import replace
@@ -18,19 +19,26 @@ from fltac.server.similarity import WHOLE
 from fltac.server.spectrum import embedding
 
 ENOUGH = 0.7
-"""Of agreement, so that slots are grouped: in the lab's first rounds below it many groupings are poor."""
+"""Of agreement with ``auto``, so that slots are grouped: in the lab's first rounds below it many groupings are poor."""
 DRAWS = 8
 """Of halves."""
 MOST, OF_EACH = 128, 8
 """So many slots are looked at, or so many for each group if that is more; with cannot-link of whole clients."""
 FEWEST = 8
-"""Clients: the slots of fewer agree by chance, as cannot-link leaves little to choose."""
+"""Clients with ``auto``: the slots of fewer agree by chance, as cannot-link leaves little to choose."""
 STARTS = 5
 """Of K-means, for each half."""
 
 
 def agreement(
-    changes: Changes, head: bool, k: int, extra: int, seed: int, profile_weight: float, sharpness: float, apart: bool
+    changes: Changes,
+    head: bool,
+    k: int,
+    extra: int,
+    seed: int,
+    profile_weight: float,
+    sharpness: float,
+    apart: bool,
 ) -> float | None:
     """The adjusted Rand index of groups found in two halves of the adapted matrices, in the mean of several draws.
 
@@ -46,10 +54,10 @@ def agreement(
 
     Returns:
         1 for the same groups, about 0 for chance; None where there is nothing to compare: fewer than two matrices,
-        groups or slots for each group, or (``apart``) fewer than ``FEWEST`` clients.
+        groups or slots for each group.
     """
     owners = [client for client, _ in changes.keys]
-    if len(changes.modules) < 2 or k < 2 or len(owners) < 2 * k or (apart and len(set(owners)) < FEWEST):
+    if len(changes.modules) < 2 or k < 2 or len(owners) < 2 * k:
         return None
     most = min(WHOLE, max(MOST, OF_EACH * k))
     few = changes.only(sample(len(owners), owners if apart else None, derive(seed, "sample"), most))

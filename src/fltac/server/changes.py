@@ -75,7 +75,7 @@ class Changes:
         modules: For each adapted matrix its place along the last axis of ``body``.
         heads: By head key.
         profiles: Of the rows that the slots train on, where they were asked for.
-        of_a: Whether ``body`` holds changes of A alone.
+        of_a: Whether ``body`` holds changes of A alone, or gradients of it.
     """
 
     keys: tuple[SlotKey, ...]
@@ -144,22 +144,24 @@ def remember(
     decay: float,
     seed: int,
     of_a: bool = False,
+    most: int = DIRECTIONS,
 ) -> Changes:
     """Adds to each slot's memory what it has learned since its round began.
 
     Args:
         state: Before the round; not changed.
-        updates: Checked, at least one.
+        updates: Checked.
         began: What each of the updates began from; a head that it lacks was taken from v0.
         decay: Weight of what was learned in earlier rounds, for slots with an update.
         seed: Of the run.
         of_a: Of each adapted matrix the change of A alone, the same in all rounds.
+        most: Directions that are kept of changes of A.
     """
     width = width_of(state, of_a)
     directions = 1
     if of_a:
         decay **= 0.5  # of directions, so that second moments have the weight itself
-        directions = min(DIRECTIONS, 1 + max((len(held[BODY]) for held in state.memory.values()), default=0))
+        directions = min(most, 1 + max((len(held[BODY]) for held in state.memory.values()), default=0))
     index = {key: row for row, key in enumerate(sorted(state.memory.keys() | {update.key for update in updates}))}
     sketches = _sketches(state.initial, width, seed, of_a)
     body, modules = _body(state, updates, began, index, decay, sketches, directions)
@@ -171,16 +173,16 @@ def remember(
         key: _heads(key, state, updates, began, index, decay, width * HEAD_WIDTH, seed, directions)
         for key in sorted(held | sent)
     }
-    return Changes(tuple(index), body, modules, heads, _profiles(state, updates, index), of_a)
+    return Changes(tuple(index), body, modules, heads, profiles_sent(state, updates, index), of_a)
 
 
-def _profiles(state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int]) -> Vectors | None:
-    """What each slot sent last."""
+def profiles_sent(state: ServerState, updates: Sequence[Update], index: Mapping[SlotKey, int]) -> Vectors | None:
+    """The profile that each slot of an index sent last."""
     found = {key: held[PROFILE] for key, held in state.memory.items() if PROFILE in held}
     found |= {update.key: update.profile for update in updates if update.profile is not None}
     if not found:
         return None
-    slots = sorted(found)
+    slots = sorted(found.keys() & index.keys())
     return Vectors(np.array([index[slot] for slot in slots]), np.stack([found[slot] for slot in slots])[:, None])
 
 

@@ -9,10 +9,11 @@ import numpy as np
 from fltac.config import ServerSettings
 from fltac.records import Adapter, ServerState, SlotKey, Update
 from fltac.seeding import derive, generator
-from fltac.server.agreement import ENOUGH, agreement
+from fltac.server.agreement import ENOUGH, FEWEST, agreement
 from fltac.server.changes import Changes
 from fltac.server.choosing import Choice, choose_k, confidence
 from fltac.server.clustering import Points, group, keep_or_move, sample, silhouette
+from fltac.server.gradients import First, compared
 from fltac.server.pairing import Matrix
 from fltac.server.similarity import WHOLE, distance_sketches, views
 from fltac.server.spectrum import embedding, leading
@@ -20,11 +21,11 @@ from fltac.server.spectrum import embedding, leading
 CHOOSING_STARTS = 5
 """Of K-means, for each K that is tried."""
 EXTRA_OF_A = 2
-"""Eigenvectors beyond K where changes of A are compared."""
+"""Eigenvectors beyond K where changes or gradients of A are compared."""
 FROM_ROUND_OF_A = 2
 """The first round after which slots are grouped, where changes of A are compared; at the latest, with ``auto``."""
 SHARPNESS_OF_A = 1.5
-"""Of the dual softmax, where changes of A are compared and a client's slots are of different tasks."""
+"""Of the dual softmax, where changes or gradients of A are compared and a client's slots are of different tasks."""
 HARM = 0.1
 """Profiles count unless what adapters say is predicted worse by more than this share in the groups found with them."""
 
@@ -43,8 +44,8 @@ class Grouping:
         residuals: For each K that was tried the error of its prediction, where K was chosen.
         profiled: Whether the clients' profiles counted; None where there are none.
         memory: What the rule keeps of each slot for later rounds, where it does so itself.
-        agreement: Of groups found in halves of what was learned (``server.agreement``), where that decided whether
-            slots are grouped.
+        agreement: Of groups found in halves of each kind of evidence (``server.agreement``), where that decided by
+            which slots are grouped, or whether.
     """
 
     labels: Mapping[SlotKey, int]
@@ -55,7 +56,7 @@ class Grouping:
     residuals: Mapping[int, float] | None = None
     profiled: bool | None = None
     memory: Mapping[SlotKey, Adapter] | None = None
-    agreement: float | None = None
+    agreement: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Evidence:
         round_number: This round.
         updates: Checked, sorted by (client, slot), at least one.
         began: What each of the updates began from.
-        changes: What each slot ever seen has learned, this round included; None for rules that do not accumulate.
+        changes: What each slot ever seen has learned, this round included, or said at first; None for rules that
+            look at neither.
         groups: Opaque group numbers, for the rule ``given`` alone.
     """
 
@@ -75,7 +77,7 @@ class Evidence:
     round_number: int
     updates: Sequence[Update]
     began: Mapping[SlotKey, Adapter]
-    changes: Changes | None
+    changes: Changes | First | None
     groups: Mapping[SlotKey, int] | None
 
 
@@ -89,44 +91,71 @@ def _kmeans(evidence: Evidence, settings: ServerSettings) -> Grouping:
 
 
 def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
-    """K-means over the leading eigenvectors of the kernel of all that each slot has learned; all known slots."""
+    """K-means over the leading eigenvectors of the kernel of what each slot has said and learned; all known slots."""
     assert evidence.changes is not None, "the rule 'spectral' accumulates"
-    changes, rule = evidence.changes, settings.clustering
-    first, begun = _first_round(evidence, rule.from_round), bool(evidence.state.clusters)
+    rule = settings.clustering
+    first, begun = _first_round(evidence, settings), bool(evidence.state.clusters)
     asked = rule.from_round == "auto" and not begun
     if not asked and (evidence.round_number < first or (first > 1 and not begun)):  # else not all began alike
         return _single(evidence, settings)
     seed = derive(settings.seed, "embedding", evidence.round_number)
-    k, residuals, profiled = settings.k, None, None
+    known = evidence.changes
+    kinds = {"gradients": known.gradients, "changes": known.changes} if isinstance(known, First) else {"changes": known}
+    found = {kind: _space(evidence, changes, settings) for kind, changes in kinds.items()}
+    agreed = {kind: space.agreement(settings) for kind, space in found.items()} if asked or len(found) > 1 else {}
+    kind = max(found, key=lambda kind: (agreed.get(kind, 0.0), kind == "changes"))
+    space, changes = found[kind], found[kind].changes
+    if asked and (agreed[kind] < ENOUGH or (rule.cannot_link and len({client for client, _ in changes.keys}) < FEWEST)):
+        grouping = _single(evidence, settings)
+    else:
+        points = embedding(changes, rule.head, space.k + space.extra, seed, rule.profile_weight, space.sharpness)
+        grouping = _grouped(changes.keys, points, space.k, evidence, settings)
+    return replace(grouping, residuals=space.residuals, profiled=space.profiled, agreement=agreed or None)
+
+
+@dataclass(frozen=True)
+class _Space:
+    """What is clustered, and into how many."""
+
+    changes: Changes
+    k: int
+    extra: int
+    sharpness: float
+    residuals: Mapping[int, float] | None
+    profiled: bool | None
+
+    def agreement(self, settings: ServerSettings) -> float:
+        """Of groups found in halves of it (``server.agreement``); 0 where there is nothing to compare."""
+        rule = settings.clustering
+        halves, weight = derive(settings.seed, "halves"), rule.profile_weight
+        apart, sharpness = rule.cannot_link, self.sharpness
+        return agreement(self.changes, rule.head, self.k, self.extra, halves, weight, sharpness, apart) or 0.0
+
+
+def _space(evidence: Evidence, changes: Changes, settings: ServerSettings) -> _Space:
+    rule, k = settings.clustering, settings.k
     extra, sharpness = rule.extra_eigenvectors, rule.dual_softmax
     if extra is None:
         extra = EXTRA_OF_A if changes.of_a else 0
     if sharpness is None:
         sharpness = SHARPNESS_OF_A if changes.of_a and rule.cannot_link else 0.0
+    residuals, profiled = None, None
     if k is None or changes.profiles is not None:
         choice, profiled = _choice(evidence, changes, settings, extra, sharpness)
         if k is None:
             k, residuals = choice.k, choice.residuals
         if not profiled:
             changes = replace(changes, profiles=None)
-    agreed = None
-    if asked:
-        halves = derive(settings.seed, "halves", evidence.round_number)
-        weight, apart = rule.profile_weight, rule.cannot_link
-        agreed = agreement(changes, rule.head, k, extra, halves, weight, sharpness, apart)
-        if agreed is None or agreed < ENOUGH:
-            return replace(_single(evidence, settings), residuals=residuals, profiled=profiled, agreement=agreed)
-    points = embedding(changes, rule.head, k + extra, seed, rule.profile_weight, sharpness)
-    found = _grouped(changes.keys, points, k, evidence, settings)
-    return replace(found, residuals=residuals, profiled=profiled, agreement=agreed)
+    return _Space(changes, k, extra, sharpness, residuals, profiled)
 
 
-def _first_round(evidence: Evidence, configured: int | str | None) -> int:
+def _first_round(evidence: Evidence, settings: ServerSettings) -> int:
     """After which slots are grouped first; with ``auto`` at the latest."""
-    assert evidence.changes is not None, "the rule 'spectral' accumulates"
+    configured = settings.clustering.from_round
     if isinstance(configured, int):
         return configured
-    return FROM_ROUND_OF_A if evidence.changes.of_a or configured == "auto" else 1
+    late = configured == "auto" or compared(evidence.state.initial, settings) == "a"
+    return FROM_ROUND_OF_A if late else 1
 
 
 def _leading(similarity: Matrix, extra: int, k: int) -> Matrix:
@@ -151,7 +180,7 @@ def _choice(
     few = changes.only(sample(len(owners), owners if rule.cannot_link else None, seed, WHOLE))
     own = [client for client, _ in few.keys] if rule.cannot_link else None
     before = sum(bool(cluster.members) for cluster in evidence.state.clusters) or None
-    if len(evidence.state.clusters) == 1 and _first_round(evidence, rule.from_round) > 1:
+    if len(evidence.state.clusters) == 1 and _first_round(evidence, settings) > 1:
         before = None  # nobody chose to put all together
     choices = []
     for part in [few] if few.profiles is None else [few, replace(few, profiles=None)]:

@@ -3,14 +3,13 @@
 No function here keeps anything, and no type here has room for a task's name.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from threadpoolctl import threadpool_limits
 
 from fltac.config import ServerSettings
 from fltac.records import (
-    LORA_A,
     Adapter,
     LateReply,
     Presence,
@@ -20,15 +19,14 @@ from fltac.records import (
     RoundReport,
     ServerState,
     SlotKey,
-    Update,
-    head_keys,
 )
 from fltac.seeding import generator
 from fltac.server.changes import PROFILE, Changes, remember
 from fltac.server.clusters import regrouped
 from fltac.server.cohort import draw_cohort
 from fltac.server.first import first_adapter, first_clusters
-from fltac.server.grouping import ACCUMULATING, Evidence, Grouping
+from fltac.server.gradients import First, compared, gathered
+from fltac.server.grouping import Evidence, Grouping
 from fltac.server.rules import group_slots
 from fltac.server.sending import Completion, Outbox, own_part, without_constant
 from fltac.server.validation import Expectations, accept_late, accept_updates
@@ -81,13 +79,24 @@ def plan_round(
     # Among one there is nothing to choose, and choosing makes no more of them; IFCA's are there from the start.
     choose = rule.by_loss(number) and (rule.rule == "ifca" or len(state.clusters) > 1)
     requests = _requests(state, settings, number, clients, choose)
-    if not rule.profile_rows:
-        return requests
-    known = {key for key, held in state.memory.items() if PROFILE in held}
+    profiled: dict[str, set[int]] = {item.client: set() for item in clients}
+    for (client, slot), held in state.memory.items():
+        if PROFILE in held and client in profiled:
+            profiled[client].add(slot)
+    by_gradients = compared(state.initial, settings) == "gradients" and not choose
     return [
-        replace(request, profile=not item.heads or any((item.client, slot) not in known for slot in item.heads))
+        replace(
+            request,
+            profile=rule.profile_rows > 0 and _has_new(item, profiled[item.client]),
+            gradients=by_gradients and _has_new(item, request.slots),
+        )
         for request, item in zip(requests, clients, strict=True)
     ]
+
+
+def _has_new(item: Presence, known: Container[int]) -> bool:
+    """Whether a client has slots that are not known, or may have some."""
+    return not item.heads or any(slot not in known for slot in item.heads)
 
 
 def plan_delivery(
@@ -96,13 +105,6 @@ def plan_delivery(
     """What every client that is there (default: that is known) is sent after a round."""
     there = _presences(state) if present is None else {item.client: item for item in present}
     return _requests(state, settings, state.round_number, [there[client] for client in sorted(there)])
-
-
-def _compares_a(state: ServerState, settings: ServerSettings) -> bool:
-    """Whether ``spectral`` compares changes of A: the same in all rounds of a run."""
-    rule = settings.clustering
-    labelled = bool(head_keys(state.initial)) and settings.aggregation.frozen(1) != LORA_A
-    return rule.features == "a" or (rule.features == "auto" and labelled)
 
 
 def _presences(state: ServerState) -> dict[str, Presence]:
@@ -217,9 +219,12 @@ def finish_round(
         return replace(state, round_number=number), nothing
     updates = [completion.whole(update, began) for update in updates]
     rule = settings.clustering
-    changes = None
-    if rule.rule in ACCUMULATING:
-        changes = _learned(state, updates, began, completion, settings)
+    changes: Changes | First | None = None
+    what = compared(state.initial, settings)
+    if what == "gradients":
+        changes = gathered(state, updates, began, settings.seed)
+    elif what is not None:
+        changes = remember(state, updates, began, rule.memory, settings.seed, what == "a")
     # Its products are small: more threads would wait for each other, and their number would change rounding.
     with threadpool_limits(1):
         grouping = group_slots(Evidence(state, number, updates, began, changes, groups), settings)
@@ -255,38 +260,7 @@ def finish_round(
     return after, report
 
 
-def _learned(
-    state: ServerState,
-    updates: Sequence[Update],
-    began: Mapping[SlotKey, Adapter],
-    completion: Completion,
-    settings: ServerSettings,
-) -> Changes:
-    """What slots have learned, this round included: of those with probes what these did, each as if it were a round.
-
-    Their own training, from v0 as well but longer, would outweigh the probes and says less than they do together.
-
-    Args:
-        state: Before the round.
-        updates: Checked and whole, at least one.
-        began: What each began from: with probes v0.
-        completion: Fills up probes.
-        settings: The server's.
-    """
-    of_a, probes = _compares_a(state, settings), max(len(update.probes) for update in updates)
-    changes = None
-    for number in range(probes):
-        probed = [replace(update, adapter=update.probes[number]) for update in updates if len(update.probes) > number]
-        probed = [completion.whole(probe, began) for probe in probed]
-        changes = remember(state, probed, began, 1.0, settings.seed, of_a)
-        state = replace(state, memory=changes.memory())
-    others = [update for update in updates if not update.probes]
-    if changes is None or others:
-        changes = remember(state, others, began, settings.clustering.memory, settings.seed, of_a)
-    return changes
-
-
-def _memory(state: ServerState, changes: Changes | None, grouping: Grouping) -> Mapping[SlotKey, Adapter]:
+def _memory(state: ServerState, changes: Changes | First | None, grouping: Grouping) -> Mapping[SlotKey, Adapter]:
     """What is kept of each slot: by the rule itself, or what it has learned, or what was kept before."""
     if grouping.memory is not None:
         return grouping.memory

@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 
-from fltac.config import ServerSettings
+from fltac.config import GRADIENT_DIRECTIONS, ServerSettings
 from fltac.config.aggregation import STEPPING
 from fltac.records import (
     LORA_A,
@@ -17,7 +17,6 @@ from fltac.records import (
     SlotKey,
     Update,
     at_rank,
-    head_keys,
     is_head,
     lora_modules,
 )
@@ -82,9 +81,14 @@ class Expectations:
         self._frozen = settings.aggregation.frozen(round_number)
         self.noise = settings.clustering.profile_noise
         self.decomposed = settings.aggregation.rule not in STEPPING
-        self.probes = settings.clustering.probes
         self._by_rank: dict[int | None, Expected] = {}
-        self._probed: dict[int | None, Expected] = {}
+        self.gradients = Expected(
+            {
+                name: np.empty((GRADIENT_DIRECTIONS, tensor.shape[1]), dtype=np.float32)
+                for name, tensor in initial.items()
+                if name.endswith(LORA_A) and not is_head(name)
+            }
+        )
 
     def of(self, client: str) -> Expected:
         """Of one client's uploads."""
@@ -92,13 +96,6 @@ class Expectations:
         if rank not in self._by_rank:
             self._by_rank[rank] = Expected(self._initial, self._frozen, rank)
         return self._by_rank[rank]
-
-    def of_probes(self, client: str) -> Expected:
-        """Of one client's probes, which hold no B."""
-        rank = self._settings.ranks.get(client)
-        if rank not in self._probed:
-            self._probed[rank] = Expected(self._initial, LORA_B, rank)
-        return self._probed[rank]
 
 
 def accept_updates(
@@ -132,9 +129,8 @@ def accept_updates(
             fault = update_fault(update, reply.client, seen, expected)
             fault = fault or choice_fault(update, request.candidates)
             fault = fault or profile_fault(update, request.profile, expected.hidden, expectations.noise)
-            begun = update.slot in request.slots or request.candidates
-            due = 0 if begun else expectations.probes
-            fault = fault or probes_fault(update, due, expectations.of_probes(reply.client))
+            due = request.gradients and update.slot not in request.slots
+            fault = fault or gradients_fault(update, due, expectations.gradients)
             fault = fault or (product_fault(update.adapter) if expectations.decomposed else None)
             seen.add(update.slot)
             if fault is None:
@@ -198,24 +194,20 @@ def update_fault(update: Update, client: str, seen: set[int], expected: Expected
     return _adapter_fault(update.adapter, expected)
 
 
-def probes_fault(update: Update, due: int, expected: Expected) -> str | None:
-    """Says in one line what is wrong with an update's probes; None if they can be used.
+def gradients_fault(update: Update, due: bool, expected: Expected) -> str | None:
+    """Says in one line what is wrong with an update's gradients; None if they can be used.
 
     Args:
         update: As decoded.
-        due: So many were to be sent.
-        expected: From v0, without B.
+        due: Whether they were to be sent.
+        expected: Their names and shapes.
     """
-    if len(update.probes) != due:
-        return f"has {len(update.probes)} probes; expected {due}"
-    heads = head_keys(update.adapter)
-    for number, probe in enumerate(update.probes, start=1):
-        fault = _adapter_fault(probe, expected)
-        if fault is None and head_keys(probe) != heads:
-            fault = f"its heads are {', '.join(head_keys(probe))}; the update's {', '.join(heads)}"
-        if fault is not None:
-            return f"probe {number}: {fault}"
-    return None
+    if update.gradients is None:
+        return "has no gradients, by which slots are compared" if due else None
+    if not due:
+        return "has gradients that were not asked for"
+    fault = _adapter_fault(update.gradients, expected)
+    return None if fault is None else f"gradients: {fault}"
 
 
 def product_fault(adapter: Adapter) -> str | None:

@@ -1,13 +1,11 @@
 """Adapters, requests and replies as bytes: one message per client and round, holding all its slots.
 
-A message is one safetensors blob. Its tensors are ``<slot>/<tensor>``, ``<slot>.<probe>/<tensor>`` (probes from 1)
-and ``profile/<slot>`` in a reply;
-``initial/<tensor>`` and ``<cluster>/<tensor>`` in a request. Its header's record says the rest. Whether the values make
-sense to the server is for ``fltac.server`` to judge; here only the form is checked.
+A message is one safetensors blob. Its tensors are ``<slot>/<tensor>``, ``<slot>.gradients/<tensor>`` and
+``profile/<slot>`` in a reply; ``initial/<tensor>`` and ``<cluster>/<tensor>`` in a request. Its header's record says
+the rest. Whether the values make sense to the server is for ``fltac.server`` to judge; here only the form is checked.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, TypeVar
 
 from fltac.records import Adapter, FloatArray, Reply, Request, Update
@@ -17,8 +15,7 @@ REQUEST = "request-1"
 REPLY = "reply-1"
 INITIAL = "initial"
 PROFILES = "profile"
-MOST_PROBES = 64
-"""Of one slot, as ``server.clustering.probes`` allows."""
+GRADIENTS = ".gradients"
 
 T = TypeVar("T")
 
@@ -63,6 +60,8 @@ def encode_request(request: Request, dtype: Dtype) -> bytes:
         record["candidates"] = list(request.candidates)
     if request.profile:
         record["profile"] = True
+    if request.gradients:
+        record["gradients"] = True
     return pack(_joined(groups), record, dtype)
 
 
@@ -86,6 +85,7 @@ def decode_request(data: bytes) -> Request:
         initial=groups.get(INITIAL),
         candidates=tuple(_candidates(record)),
         profile=record.get("profile") is True,
+        gradients=record.get("gradients") is True,
     )
     _check_references(request)
     return request
@@ -110,14 +110,10 @@ def encode_reply(reply: Reply, dtype: Dtype) -> bytes:
     chosen = [(update.slot, update.cluster) for update in reply.updates if update.cluster is not None]
     if chosen:
         record["chosen"] = chosen
-    probed = [(update.slot, len(update.probes)) for update in reply.updates if update.probes]
-    if probed:
-        groups |= {
-            f"{update.slot}.{number}": probe
-            for update in reply.updates
-            for number, probe in enumerate(update.probes, start=1)
-        }
-        record["probes"] = probed
+    gradients = {update.slot: update.gradients for update in reply.updates if update.gradients is not None}
+    if gradients:
+        groups |= {f"{slot}{GRADIENTS}": own for slot, own in gradients.items()}
+        record["gradients"] = list(gradients)
     profiles = {str(update.slot): update.profile for update in reply.updates if update.profile is not None}
     if profiles:
         groups[PROFILES] = profiles
@@ -138,8 +134,10 @@ def decode_reply(data: bytes) -> Reply:
         raise WireError(f"reply of client {client!r}: error is {error!r}; expected text or null")
     slots = _pairs(record, "slots")
     declared = [PROFILES] if record.get("profiles") is True else []
-    probed = _probed(record, client, dict(slots), len(tensors)) if "probes" in record else {}
-    groups = _split(tensors, [*(str(slot) for slot, _ in slots), *declared, *chain(*probed.values())])
+    seen = [_integer(slot, "gradients") for slot in _list(record, "gradients")] if "gradients" in record else []
+    if without := sorted(set(seen) - dict(slots).keys()):
+        raise WireError(f"reply of client {client!r}: gradients of slot {without[0]}, of which there is no update")
+    groups = _split(tensors, [*(str(slot) for slot, _ in slots), *declared, *(f"{slot}{GRADIENTS}" for slot in seen)])
     profiles = groups.get(PROFILES, {})
     chosen = dict(_pairs(record, "chosen")) if "chosen" in record else {}
     unknown = sorted(chosen.keys() - dict(slots).keys())
@@ -155,25 +153,11 @@ def decode_reply(data: bytes) -> Reply:
             examples,
             chosen.get(slot),
             profiles.get(str(slot)),
-            tuple(groups[name] for name in probed.get(slot, [])),
+            groups.get(f"{slot}{GRADIENTS}"),
         )
         for slot, examples in slots
     )
     return Reply(client, tuple(updates), error)
-
-
-def _probed(record: Mapping[str, Any], client: str, slots: Mapping[int, int], most: int) -> dict[int, list[str]]:
-    """The names of the groups that hold a slot's probes; no more groups than the message has tensors."""
-    found, pairs = {}, _pairs(record, "probes")
-    if sum(count for _, count in pairs) > most:
-        raise WireError(f"reply of client {client!r}: probes names more of them than its {most} tensors")
-    for slot, count in pairs:
-        if slot not in slots:
-            raise WireError(f"reply of client {client!r}: probes of slot {slot}, of which there is no update")
-        if count < 1 or count > MOST_PROBES:
-            raise WireError(f"reply of client {client!r}: slot {slot} has {count} probes; allowed: 1 to {MOST_PROBES}")
-        found[slot] = [f"{slot}.{number}" for number in range(1, count + 1)]
-    return found
 
 
 def _joined(groups: Mapping[str, Adapter]) -> dict[str, FloatArray]:

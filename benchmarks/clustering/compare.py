@@ -48,7 +48,7 @@ class Size:
         wide: Of published rules with one adapter for all tasks: the rank of all tasks' adapters together, at the same
             scale, as the configs say for FedIT.
         about: Tasks, backbone and what is adapted, in words.
-        even: Of methods that compare gradients: fewer steps, so that these and the batches are as many as others' steps.
+        even: Where gradients are compared: fewer steps, so that with their batches they are as many as others'.
         rate_regime: In which learning rates are chosen.
         tried: Learning rates.
     """
@@ -75,15 +75,13 @@ class Size:
 
 
 COMMON = ["federation.rounds=5", "training.steps=50", "training.threads=1"]
-# Two of six layers: what the four below make of a row is then made once for all runs, which takes a third of the time.
+# Two of six layers: what the four below make of a row is made once for all runs, which takes a third of the time.
 LIGHTER = ["lora.layers=[4,5]", "training.batch_size=4", "training.prefix_cache=16384"]
 BASELINES = ("local", "fedit", "fltac-paper", "fltac-products")
 GROUPINGS = ("ifca", "cfl", "fedlease")
-SHARED = (
-    *("ffa-lora", "rolora", "fedsa-lora", "hetlora", "flexlora", "flora", "fedex-lora"),
-    *("fedprox", "fedavgm", "fedadam"),
-)
-"""Published rules that have one adapter for all tasks, as FedIT has."""
+SHARED = ("ffa-lora", "rolora", "fedsa-lora", "hetlora", "flexlora", "flora", "fedex-lora", "fedprox")
+SHARED = (*SHARED, "fedavgm", "fedadam")
+"""With one adapter for all tasks, as FedIT has."""
 PUBLISHED = BASELINES + GROUPINGS + SHARED
 GLUE = "Five GLUE tasks on all-MiniLM-L6-v2, 10 clients; LoRA of rank 1 (of methods with one adapter: 5) in "
 DIGITS = (
@@ -108,7 +106,6 @@ BY_LOSS = [
     "server.clustering.assignment_loss=balanced",
     "server.clustering.held_back=0.1",
 ]
-
 MIXED = "lora.ranks={client-0: 2, client-2: 2, client-4: 4, client-6: 4}"
 """Half of the digits' clients train a smaller rank than 8, for the rules that can average these."""
 
@@ -170,10 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, each in a process")
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
-    variants = (f"fltac-{kind}{name}" for kind in ("products", "a") for name in VARIANTS if name)
-    others = (*(f"{name}+ranks" for name in SHARED), *variants)
-    usual = [name for name in METHODS if name in size.chosen or name not in (*GROUPINGS, *SHARED, *others)]
-    jobs, methods = list[Job](), args.methods or usual
+    others = {*GROUPINGS, *SHARED, *(name for name in METHODS if name.endswith("+ranks"))}
+    others |= {name for name in METHODS if name.startswith(("fltac-a", "fltac-products+"))}
+    jobs, methods = list[Job](), args.methods or [n for n in METHODS if n in size.chosen or n not in others]
     if args.what == "rates":
         rates = args.rates or size.tried
         own = [method for method in size.chosen if method in methods]

@@ -67,8 +67,8 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
         f"{even}; scored on up to {size.rows} validation rows of a task; K = {tasks} is "
         "given but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: "
         "what the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the "
-        "first round that groups (`fltac-a`: the second, `+if-clear`: either; with `+at-once` or `+no-softmax`, and all "
-        "others: the first) and after the last. ±: one standard deviation over the seeds; rows "
+        "first round that groups (`fltac-a`: the second, `+if-clear`: either; with `+at-once` or `+no-softmax`, and "
+        "all others: the first) and after the last. ±: one standard deviation over the seeds; rows "
         "of other seeds are compared by their regret alone. "
         "The majority class's are of all validation rows. " + machines(regimes),
     ]

@@ -70,26 +70,27 @@ def test_as_json(config: Path, client: Callable[..., Path], capsys: pytest.Captu
     assert found["seconds"] == pytest.approx(sum(task["seconds"] for task in found["tasks"]))
     assert all(0 < task["loss"] < 3 for task in found["tasks"])
     assert found["threads"] == 1
-    # A rank-1 query and value adapter of 2 layers x 16, and a head of 2 and of 3 outputs, in float32.
-    numbers = 2 * (2 * 2 * 32) + (2 * 16 + 2) + (3 * 16 + 3)
-    assert 4 * numbers < found["upload_bytes"] < 4 * numbers + 2500
+    # A rank-1 query and value adapter of 2 layers x 16, three directions of their inputs, and a head of 2 and of 3
+    # outputs, in float32.
+    numbers = 2 * (2 * 2 * (32 + 3 * 16)) + (2 * 16 + 2) + (3 * 16 + 3)
+    assert 4 * numbers < found["upload_bytes"] < 4 * numbers + 3500
 
 
-def test_probes_are_told_of(
+def test_gradients_are_told_of(
     config: Path, client: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = []
-    for probes in (0, 20):
+    for features in ("a", "gradients"):
         tree = yaml.safe_load(config.read_text())
-        tree.setdefault("server", {}).setdefault("clustering", {})["probes"] = probes
-        asked = tmp_path / f"probes-{probes}.yaml"
+        tree.setdefault("server", {}).setdefault("clustering", {})["features"] = features
+        asked = tmp_path / f"{features}.yaml"
         asked.write_text(yaml.safe_dump(tree))
         assert call("client", "check", client(), "--config", asked, "--json") == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["tasks"][0]["steps"] == found[1]["tasks"][0]["steps"]
-    # Of each probe A of query and value of 2 layers, and the head, in float32.
+    # Three directions of the inputs of query and value of 2 layers, in float32.
     more = found[1]["upload_bytes"] - found[0]["upload_bytes"]
-    assert 20 * 4 * (2 * 2 * 16 + 2 * 16 + 2) < more < 20 * (4 * (2 * 2 * 16 + 2 * 16 + 2) + 2000)
+    assert 4 * (3 * 2 * 2 * 16) < more < 4 * (3 * 2 * 2 * 16) + 1000
 
 
 @pytest.mark.parametrize(

@@ -368,22 +368,25 @@ def test_more_steps_than_the_owner_allows(both: Both, owner: Callable[..., Path]
     file = owner(limits={"steps": 3})
     with pytest.raises(InputError, match=r"training: 4 steps of the task \w+ in a round; limits\.steps allows 3"):
         Node.open(both.coordinator, file)
-    assert Node.open(load_config(both.out / "coordinator.yaml", ["training.steps=3"]), file).id == "client-0"
-    probing = ["training.steps=2", "server.clustering.probes=2", "server.clustering.probe_steps=1"]
-    with pytest.raises(InputError, match=r"training: 4 steps of the task \w+ in a round; limits\.steps allows 3"):
-        Node.open(load_config(both.out / "coordinator.yaml", probing), file)
+    fewer = ["training.steps=3", "server.clustering.gradient_batches=3"]
+    assert Node.open(load_config(both.out / "coordinator.yaml", fewer), file).id == "client-0"
+    fewer[1] = "server.clustering.gradient_batches=4"
+    with pytest.raises(
+        InputError, match=r"gradient_batches: 4 batches of the task \w+ in a round; limits\.steps allows 3"
+    ):
+        Node.open(load_config(both.out / "coordinator.yaml", fewer), file)
+    Node.open(load_config(both.out / "coordinator.yaml", [*fewer, "server.clustering.features=a"]), file)
 
 
-def test_probes_that_the_coordinator_asks_for(both: Both, owner: Callable[..., Path]) -> None:
-    asks = ["server.clustering.probes=2", "server.clustering.probe_steps=1"]
-    node, request = Node.open(load_config(both.out / "coordinator.yaml", asks), owner()), first_request(both)
+@pytest.mark.parametrize("asked", [True, False])
+def test_gradients_come_where_they_are_asked_for(both: Both, owner: Callable[..., Path], asked: bool) -> None:
+    node, request = Node.open(both.coordinator, owner()), replace(first_request(both), gradients=asked)
     reply = decode_answer(node.answer(encode_train_question(request, "float32")))
     assert isinstance(reply, Reply)
     assert reply.updates
     for update in reply.updates:
-        assert len(update.probes) == 2
-        expected = {name for name in update.adapter if not name.endswith("lora_B")}
-        assert all(probe.keys() == expected for probe in update.probes)
+        expected = {name for name in update.adapter if name.endswith("lora_A")}
+        assert (update.gradients or {}).keys() == (expected if asked else set())
 
 
 def test_messages_larger_than_the_owner_allows(both: Both, owner: Callable[..., Path]) -> None:

@@ -1,12 +1,13 @@
 """Tiny adapters, updates and settings for tests of the server."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fltac.config import ServerSettings, load_config
-from fltac.records import Adapter, Reply, ServerState, Update
+from fltac.config import GRADIENT_DIRECTIONS, ServerSettings, load_config
+from fltac.records import LORA_A, Adapter, Reply, ServerState, Update
 from fltac.server.round import init_server
 
 BODY = {"m.lora_A": (1, 3), "m.lora_B": (2, 1)}
@@ -14,9 +15,9 @@ HEADS = {"2": (2, 3)}
 
 
 def server(*overrides: str) -> ServerSettings:
-    """Settings with which slots are grouped after the first round already, if nothing else is said."""
-    at_once = "server.clustering.from_round=1"
-    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}, [at_once, *overrides])
+    """Settings that compare changes of A and group after the first round already, if nothing else is said."""
+    usual = ["server.clustering.features=a", "server.clustering.from_round=1"]
+    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}, [*usual, *overrides])
     return config.server_settings
 
 
@@ -61,3 +62,18 @@ def planted(
             updates.append(Update(f"client-{client}", slot, tensors, 1))
             truth.append(int(task))
     return updates, truth
+
+
+def with_gradients(updates: list[Update], initial: Adapter, noise: float = 0.3, seed: int = 7) -> list[Update]:
+    """Each update with gradients of its slot's task: the direction that its A has learned since v0, and noise."""
+    draw, out = np.random.default_rng(seed), []
+    for item in updates:
+        seen = {}
+        for name, tensor in item.adapter.items():
+            if name.endswith(LORA_A):
+                change = (tensor - initial[name]).mean(axis=0)
+                rows = noise * draw.normal(size=(GRADIENT_DIRECTIONS, len(change)))
+                rows[0] += change * draw.choice([-1, 1])
+                seen[name] = (rows / np.linalg.norm(rows)).astype(np.float32)
+        out.append(replace(item, gradients=seen))
+    return out

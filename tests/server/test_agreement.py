@@ -21,8 +21,10 @@ MATRICES, TASKS = 6, 3
 
 
 def settings_of(*overrides: str) -> ServerSettings:
-    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte", "mrpc"]}, [AUTO, *overrides])
-    return config.server_settings
+    usual = [AUTO, "server.clustering.features=a"]
+    return load_config(
+        {"backbone": {"name": "x"}, "tasks": ["sst2", "rte", "mrpc"]}, [*usual, *overrides]
+    ).server_settings
 
 
 def learned(clients: int, noise: float, seed: int = 0) -> tuple[list[Update], list[int]]:
@@ -76,7 +78,7 @@ def test_where_halves_agree_slots_are_grouped_after_the_first_round() -> None:
     settings = settings_of()
     state, report = play(start(updates, settings), updates, settings)
     assert report.k == TASKS
-    assert report.agreement == 1.0
+    assert report.agreement == {"changes": 1.0}
     assigned = state.assignment()
     assert adjusted_rand_score(truth, [assigned[update.key] for update in updates]) == 1.0
     _, report = play(state, updates, settings)
@@ -90,7 +92,7 @@ def test_where_they_do_not_all_stay_together_for_one_round(overrides: tuple[str,
     state, report = play(start(updates, settings), updates, settings)
     assert report.k is None
     assert report.agreement is not None
-    assert report.agreement < ENOUGH
+    assert report.agreement["changes"] < ENOUGH
     (together,) = state.clusters
     assert set(together.members) == {update.key for update in updates}
     state, report = play(state, updates, settings)
@@ -103,7 +105,7 @@ def test_after_a_round_without_replies_it_is_asked_again() -> None:
     state = start(updates, settings)
     state, _ = finish_round(state, plan_round(state, settings), [], settings)
     _, report = play(state, updates, settings)
-    assert (report.k, report.agreement) == (TASKS, 1.0)
+    assert (report.k, report.agreement) == (TASKS, {"changes": 1.0})
 
 
 def test_it_is_the_mean_over_halves_of_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +160,12 @@ def test_where_there_is_nothing_to_compare_all_stay_together() -> None:
     assert agreed(changes, k=len(changes.keys) // 2 + 1) is None
     assert agreed(changes, k=1) is None
     few = [update for update in updates if update.client != "client-0"]
-    assert agreed(changes_of(few)) is None, "seven clients"
-    assert agreement(changes_of(few), True, TASKS, 2, 0, 8.0, 0.0, False) == 1.0, "without cannot-link they are enough"
+    assert agreed(replace(changes, body=np.zeros_like(changes.body))) is None, "heads alone have no halves"
     settings = settings_of()
     state, report = play(start(updates, settings), few, settings)
-    assert (report.k, report.agreement, len(state.clusters)) == (None, None, 1)
+    assert (report.k, report.agreement, len(state.clusters)) == (None, {"changes": 1.0}, 1), "seven clients"
+    _, alone = play(start(updates, settings), few, settings_of("server.clustering.cannot_link=false"))
+    assert alone.k == TASKS, "without cannot-link they are enough"
     _, report = play(state, updates, settings)
     assert report.k == TASKS
 

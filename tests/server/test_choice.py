@@ -234,7 +234,7 @@ def test_a_coordinator_without_tasks_needs_k_for_rules_that_do(method: str, need
         (("method=ifca", "server.aggregation.rule=ffa"), "got 'ffa', which keeps the A of v0"),
         (
             ("method=fltac", "server.clustering.features=a", "server.aggregation.rule=ffa"),
-            "server.clustering.features: got 'a', but ffa does not always train A; allowed: auto, products",
+            "server.clustering.features: got 'a', but ffa does not always train A; allowed: auto, gradients, products",
         ),
         (("method=ifca", "server.clustering.k=auto"), "got auto, but rule ifca needs a number"),
     ],

@@ -14,7 +14,9 @@ from server.builders import planted, server
 
 
 def configured(*overrides: str) -> ServerSettings:
-    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte", "mrpc"]}, overrides)
+    """Changes of A are compared, if nothing else is said."""
+    usual = ["server.clustering.features=a"]
+    config = load_config({"backbone": {"name": "x"}, "tasks": ["sst2", "rte", "mrpc"]}, [*usual, *overrides])
     return config.server_settings
 
 

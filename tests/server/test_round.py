@@ -3,7 +3,6 @@
 import ast
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -276,14 +275,11 @@ def test_memory_of_a_holds_the_changes_of_a_alone() -> None:
     np.testing.assert_allclose(held.T @ held, rows.T @ rows, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"heads": {}}, {"rule": "ffa"}, {"rule": "rolora"}])
-def test_without_heads_or_with_a_fixed_a_products_are_compared(change: dict[str, Any]) -> None:
-    first = state("a", heads=change.get("heads", {"2": (2, 3)}))
-    rule = f"server.aggregation.rule={change.get('rule', 'mean')}"
+def test_without_heads_products_are_compared() -> None:
+    first = state("a", heads={})
     body = {name: tensor for name, tensor in adapter(1, 2).items() if name in first.initial}
-    if "rule" in change:
-        del body["m.lora_A"]
-    one = play(first, [reply("a", body)], "method=fltac", "server.clustering.k=1", rule)
+    auto = "server.clustering.features=auto"
+    one = play(first, [reply("a", body)], "method=fltac", "server.clustering.k=1", auto)
     assert one.memory["a", 0]["body"].shape == (1, 2 * 3), "as many numbers as the product has"
 
 

@@ -13,7 +13,7 @@ HEADS = {"2": (2, 3)}
 
 def server(*overrides: str) -> ServerSettings:
     tree = {"backbone": {"name": "x"}, "tasks": ["sst2", "rte"], "lora": {"rank": 2}}
-    return load_config(tree, overrides).server_settings
+    return load_config(tree, ["server.clustering.features=a", *overrides]).server_settings
 
 
 def learned(request: Request, seed: int, settings: ServerSettings, slot: int = 0) -> Update:

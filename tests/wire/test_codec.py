@@ -49,8 +49,8 @@ def requests(draw: st.DrawFn) -> Request:
     slots = draw(st.dictionaries(small, st.sampled_from(sorted(sent)), max_size=4)) if sent else {}
     initial = draw(st.none() | adapters)
     candidates = tuple(draw(st.lists(st.sampled_from(sorted(sent)), unique=True))) if sent else ()
-    client, profile = draw(st.text(max_size=5)), draw(st.booleans())
-    return Request(draw(st.integers(0, 9999)), client, slots, sent, initial, candidates, profile)
+    client, profile, gradients = draw(st.text(max_size=5)), draw(st.booleans()), draw(st.booleans())
+    return Request(draw(st.integers(0, 9999)), client, slots, sent, initial, candidates, profile, gradients)
 
 
 @st.composite
@@ -65,7 +65,7 @@ def replies(draw: st.DrawFn) -> Reply:
             draw(st.integers(-1, 10**9)),
             draw(st.none() | small),
             draw(st.none() | arrays(np.float32, 3)),
-            tuple(draw(st.lists(adapters.filter(len), max_size=3))),
+            draw(st.none() | adapters),
         )
         for slot in slots
     )
@@ -95,6 +95,7 @@ def test_request_round_trip(request_: Request) -> None:
     )
     assert set(found.adapters) == set(request_.adapters)
     assert found.candidates == request_.candidates
+    assert (found.profile, found.gradients) == (request_.profile, request_.gradients)
     for cluster, adapter in request_.adapters.items():
         assert_same(found.adapters[cluster], adapter)
     assert (found.initial is None) == (request_.initial is None)
@@ -111,8 +112,8 @@ def test_reply_round_trip(reply: Reply) -> None:
     ]
     for ours, theirs in zip(found.updates, reply.updates, strict=True):
         assert_same(ours.adapter, theirs.adapter)
-        for found_probe, probe in zip(ours.probes, theirs.probes, strict=True):
-            assert_same(found_probe, probe)
+        assert (ours.gradients is None) == (theirs.gradients is None)
+        assert_same(ours.gradients or {}, theirs.gradients or {})
 
 
 @settings(deadline=None)
@@ -213,7 +214,6 @@ GOOD_REQUEST = {
     **{"slots": [[0, 2]], "clusters": [2], "initial": False},
 }
 
-ONE, MANY = ({f"0/{name}": np.zeros(1, np.float32) for name in range(count)} for count in (1, 65))
 BAD_REPLIES = [
     (b"", "0 bytes that are not safetensors"),
     (b"\x80\x04pickle-like bytes", "bytes that are not safetensors"),
@@ -238,15 +238,13 @@ BAD_REPLIES = [
         "a profile of slot 3, of which there is no update",
     ),
     (reply_bytes(GOOD_REPLY, {"profile/0": np.zeros(2, np.float32)}), "tensor 'profile/0': belongs to none"),
-    (reply_bytes({**GOOD_REPLY, "probes": [[3, 1]]}, ONE), "probes of slot 3, of which there is no update"),
-    (reply_bytes({**GOOD_REPLY, "probes": [[0, 0]]}), "slot 0 has 0 probes; allowed: 1 to 64"),
-    (reply_bytes({**GOOD_REPLY, "probes": [[0, 65]]}, MANY), "slot 0 has 65 probes; allowed: 1 to 64"),
-    (reply_bytes({**GOOD_REPLY, "probes": [[0, 10**9]]}, ONE), "probes names more of them than its 1 tensors"),
-    (reply_bytes({**GOOD_REPLY, "probes": [[0, 1], [0, 1]]}), "probes names a slot twice"),
-    (reply_bytes({**GOOD_REPLY, "probes": True}), "probes is True; expected a list"),
+    (reply_bytes({**GOOD_REPLY, "gradients": [3]}), "gradients of slot 3, of which there is no update"),
+    (reply_bytes({**GOOD_REPLY, "gradients": [0, 0]}), "slot or cluster 0.gradients occurs twice"),
+    (reply_bytes({**GOOD_REPLY, "gradients": True}), "gradients is True; expected a list"),
+    (reply_bytes({**GOOD_REPLY, "gradients": ["0"]}), "gradients holds '0'; expected an integer"),
     (
-        reply_bytes({**GOOD_REPLY, "probes": [[0, 1]]}, {"0.2/a": np.zeros(1, np.float32)}),
-        r"tensor '0.2/a': belongs to none of the declared groups 0, 0\.1",
+        reply_bytes(GOOD_REPLY, {"0.gradients/a": np.zeros(1, np.float32)}),
+        "tensor '0.gradients/a': belongs to none of the declared groups 0",
     ),
     (reply_bytes({**GOOD_REPLY, "chosen": [[0, None]]}), "chosen holds None; expected an integer"),
     (reply_bytes({**GOOD_REPLY, "chosen": [[0, 1], [0, 2]]}), "chosen names a slot twice"),

@@ -98,8 +98,10 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
         before, most = slots.get(slot, ()), file.limits.steps
         rows = np.arange(len(task.train))
         local = local_task(task, rows, task.head_key, config, file.id, slot + len(before))
-        steps = local.steps + config.gradient_batches(bool(task.head_key))
-        if most is not None and steps > most:
-            raise InputError(f"training: {steps} steps of the task {name} in a round; limits.steps allows {most}")
+        asked = {"training: {} steps": local.steps}
+        asked["server.clustering.gradient_batches: {} batches"] = config.gradient_batches(bool(task.head_key))
+        for what, steps in asked.items():
+            if most is not None and steps > most:
+                raise InputError(f"{what.format(steps)} of the task {name} in a round; limits.steps allows {most}")
         slots[slot] = (*before, local)
     return Client(file.id, slots)

@@ -53,11 +53,11 @@ def agreement(
         apart: Whether slots of one client fall into different groups.
 
     Returns:
-        1 for the same groups, about 0 for chance; None where there is nothing to compare: fewer than two matrices,
-        groups or slots for each group.
+        1 for the same groups, about 0 for chance; None where there is nothing to compare: no change of any matrix,
+        fewer than two of them, fewer than two groups or slots for each group.
     """
     owners = [client for client, _ in changes.keys]
-    if len(changes.modules) < 2 or k < 2 or len(owners) < 2 * k:
+    if len(changes.modules) < 2 or k < 2 or len(owners) < 2 * k or not changes.body.any():
         return None
     most = min(WHOLE, max(MOST, OF_EACH * k))
     few = changes.only(sample(len(owners), owners if apart else None, derive(seed, "sample"), most))

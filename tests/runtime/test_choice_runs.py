@@ -75,7 +75,7 @@ def test_a_rule_runs_on_the_quickstart_and_resumes_to_the_same_bits(name: str, t
     rounds, _, _ = scores_of(tmp_path / "whole")
     assert [record["rejected"] for record in rounds] == [0, 0]
     ks = [record["clustering"]["k"] for record in rounds if record["clustering"]]
-    assert len(ks) == (1 if name == "profiles" else 2), "spectral groups after the second round"
+    assert len(ks) == 2
     one, other = latest_checkpoint(tmp_path / "whole"), latest_checkpoint(tmp_path / "stopped")
     assert one is not None
     assert other is not None

@@ -152,7 +152,7 @@ def test_a_reply_that_never_comes_costs_its_own_update_alone() -> None:
 
 def test_a_node_that_leaves_in_mid_round_is_not_waited_for_and_keeps_its_memory() -> None:
     post = trio()
-    game = Game(post, "method=fltac", "federation.rounds=3")
+    game = Game(post, "method=fltac", "server.clustering.features=a", "federation.rounds=3")
     lost = post.nodes_by_address["c@1"]
 
     def before(number: int) -> None:

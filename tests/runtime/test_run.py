@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import fltac
-from fltac.config import PRESETS
+from fltac.config import GRADIENT_DIRECTIONS, PRESETS
 from fltac.errors import InputError
-from fltac.records import Reply, Request, Update
+from fltac.records import LORA_A, Reply, Request, Update
 from fltac.runtime.checkpoint import latest_checkpoint
 from fltac.runtime.progress import Silent
 from fltac.runtime.setup import prepare
@@ -80,24 +81,29 @@ def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
 
 
 def test_bytes_are_those_of_the_payloads(finished: Path) -> None:
-    """Each slot uploads its adapter; every client is sent v0 in round 1, one mean in round 2, then its clusters'."""
+    """Each slot uploads its adapter, in round 1 with gradients; every client is sent v0, and then its clusters'."""
     rounds, _, _ = scores_of(finished)
     checkpoint = latest_checkpoint(finished)
     assert checkpoint is not None
     state, experiment = checkpoint.state, prepare(fltac.load_config(finished / "config.yaml"))
-    adapter, up = state.clusters[0].adapter, 0
+    adapter, up, more = state.clusters[0].adapter, 0, 0
+    factors = {name: tensor for name, tensor in adapter.items() if name.endswith(LORA_A)}
+    seen = {name: np.ones((GRADIENT_DIRECTIONS, tensor.shape[1]), np.float32) for name, tensor in factors.items()}
     for client in experiment.clients.values():
         examples = {slot: sum(len(local.rows) for local in own) for slot, own in client.slots.items()}
         updates = tuple(Update(client.id, slot, adapter, count) for slot, count in examples.items())
         up += len(encode_reply(Reply(client.id, updates), "float32"))
-    assert [record["bytes"]["up"] for record in rounds] == [up] * 3
-    first = sum(len(encode_request(Request(1, name, {}, {}, state.initial), "float32")) for name in experiment.clients)
+        first_reply = Reply(client.id, tuple(replace(update, gradients=seen) for update in updates))
+        more += len(encode_reply(first_reply, "float32"))
+    assert [record["bytes"]["up"] for record in rounds] == [more, up, up]
+    requests = [Request(1, name, {}, {}, state.initial, gradients=True) for name in experiment.clients]
+    first = sum(len(encode_request(request, "float32")) for request in requests)
     last = sum(
         len(encode_request(request, "float32")) for request in plan_delivery(state, experiment.config.server_settings)
     )
     down = [record["bytes"]["down"] for record in rounds]
     assert down[0] == first
-    assert down[1] == pytest.approx(first, rel=0.3)
+    assert down[1] == pytest.approx(last, rel=0.3)
     assert down[2] == pytest.approx(2 * last, rel=0.3)
 
 
@@ -165,14 +171,17 @@ def test_budgets_are_equal() -> None:
 
 
 def test_partial_participation(tmp_path: Path) -> None:
-    half = ("federation.participation=0.5", "federation.rounds=2")
+    half = ("federation.participation=0.5", "federation.rounds=2", "server.clustering.gradient_batches=3")
     fltac.run(small(*half), tmp_path / "half")
     rounds, summary, _ = scores_of(tmp_path / "half")
     assert [record["clients"] for record in rounds] == [2, 2]
-    assert summary["slot_steps"] == 4 * sum(record["updates"] for record in rounds)
+    checkpoint = latest_checkpoint(tmp_path / "half")
+    assert checkpoint is not None
+    steps = 4 * sum(record["updates"] for record in rounds)
+    assert summary["slot_steps"] == steps + 3 * len(checkpoint.state.memory)
     central = fltac.run(small(*half, "method=central"), tmp_path / "central").summary
     assert central["updates"] == 3, "all three tasks are trained"
-    assert central["slot_steps"] == summary["slot_steps"]
+    assert central["slot_steps"] == steps
 
 
 def test_float16_on_the_wire_is_what_all_sides_hold(tmp_path: Path) -> None:

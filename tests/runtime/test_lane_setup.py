@@ -115,16 +115,8 @@ def test_rows_of_profiles_and_of_a_choice_by_loss_are_counted_as_read(
     steps = ("training.steps=1", "training.batch_size=1", "federation.partition.rule=iid")
     choice = ("method=ifca", "server.clustering.assignment_rows=2")
     batches = "server.clustering.gradient_batches=3"
-    for more in (
-        ("server.clustering.features=a",),
-        (batches,),
-        (
-            batches,
-            "server.clustering.profile_rows=5",
-        ),
-        choice,
-        (*choice, "server.clustering.held_back=0.5"),
-    ):
+    without, profiled = ("server.clustering.features=a",), (batches, "server.clustering.profile_rows=5")
+    for more in (without, (batches,), profiled, choice, (*choice, "server.clustering.held_back=0.5")):
         setup.prepare(federation(tmp_path, *steps, *more))
     rows = 81  # of 90 of the task are training rows; 27 are at each of three clients, which hold 14 back
     assert seen == [3 * 2, 3 * (2 + 3), 3 * (2 + 3 + 5), 3 * (2 + 2 * 2), 3 * 2 + 3 * round(rows / 6)]

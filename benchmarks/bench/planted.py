@@ -3,7 +3,8 @@
 Rank 1 on query and value of a 12-layer encoder of width 768 and a 2-way head. All slots start from the same A and from
 B = 0, so that A is nearly common and B carries the change, as in training. The cosines of the changes of ``B A`` are
 those measured between adapters of the GLUE tasks on MiniLM: two slots of one task .113, two slots of one client .080,
-neither .038; and of the heads' changes .147, .014 and .002.
+neither .038; and of the heads' changes .147, .014 and .002. Each slot also has gradients of A, whose leading direction
+is as alike as the changes of ``B A`` are.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fltac.config import GRADIENT_DIRECTIONS
 from fltac.records import LORA_A, LORA_B, Adapter, Reply, Update
 
 LAYERS, WIDTH, OUTPUTS, TASKS = 12, 768, 2, 5
@@ -21,6 +23,7 @@ BODY_SHAPES = {
 HEAD_SHAPES = {"2": (OUTPUTS, WIDTH)}
 PRODUCTS = {"same task": 0.113, "same client": 0.080, "neither": 0.038}
 HEADS = {"same task": 0.147, "same client": 0.014, "neither": 0.002}
+NOTHING = {"same task": 0.0, "same client": 0.0, "neither": 0.0}
 MOVED = 0.3
 """How far A moves, relative to its length."""
 B_LENGTH, HEAD_LENGTH = 0.3, 0.5
@@ -66,7 +69,12 @@ def plant(n: int, seed: int, initial: Adapter) -> Planted:
         b *= B_LENGTH * loudness
     size = OUTPUTS * WIDTH + OUTPUTS
     heads = HEAD_LENGTH * _mixed(HEADS, task, client, size, draw)
-    return Planted(factors, _replies(factors, heads, client, initial), _names(client), task, client, heads)
+    seen = np.empty((n, len(MODULES), GRADIENT_DIRECTIONS, WIDTH), dtype=np.float32)
+    for module in range(len(MODULES)):
+        seen[:, module, 0] = _mixed(PRODUCTS, task, client, WIDTH, draw)
+        for direction in range(1, GRADIENT_DIRECTIONS):
+            seen[:, module, direction] = 0.5**direction * _mixed(NOTHING, task, client, WIDTH, draw)
+    return Planted(factors, _replies(factors, heads, seen, client, initial), _names(client), task, client, heads)
 
 
 def _slots(n: int, draw: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -104,12 +112,16 @@ def _names(client: NDArray[np.int64]) -> tuple[str, ...]:
 
 
 def _replies(
-    factors: NDArray[np.float32], heads: NDArray[np.float32], client: NDArray[np.int64], initial: Adapter
+    factors: NDArray[np.float32],
+    heads: NDArray[np.float32],
+    seen: NDArray[np.float32],
+    client: NDArray[np.int64],
+    initial: Adapter,
 ) -> tuple[Reply, ...]:
     names, by_client = _names(client), {}
     ends = np.cumsum([int(np.prod(BODY_SHAPES[name])) for name in sorted(BODY_SHAPES)])
     weight, bias = initial["head.2.weight"], initial["head.2.bias"]
-    for row, change, owner in zip(factors, heads, client.tolist(), strict=True):
+    for row, change, directions, owner in zip(factors, heads, seen, client.tolist(), strict=True):
         tensors = {
             name: part.reshape(BODY_SHAPES[name])
             for name, part in zip(sorted(BODY_SHAPES), np.split(row, ends[:-1]), strict=True)
@@ -117,7 +129,8 @@ def _replies(
         tensors["head.2.weight"] = weight + change[: weight.size].reshape(weight.shape)
         tensors["head.2.bias"] = bias + change[weight.size :]
         own = by_client.setdefault(owner, [])
-        own.append(Update(names[owner], len(own), tensors, 1))
+        gradients = {module + LORA_A: rows for module, rows in zip(MODULES, directions, strict=True)}
+        own.append(Update(names[owner], len(own), tensors, 1, gradients=gradients))
     return tuple(Reply(names[owner], tuple(own)) for owner, own in by_client.items())
 
 

@@ -22,7 +22,7 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_info
 
 from fltac.config import ServerSettings, load_config
-from fltac.records import RoundReport, ServerState
+from fltac.records import Reply, Request, RoundReport, ServerState
 from fltac.server.round import finish_round, init_server, plan_round
 
 SIZES = {100: 5, 1000: 5, 10000: 5}
@@ -41,10 +41,21 @@ TARGETS = {
 
 
 def settings_of(method: str, *overrides: str) -> ServerSettings:
-    """Of a method that groups after the first round already, which is timed."""
+    """Of a method."""
     tree = {"backbone": {"name": "planted"}, "tasks": TASKS}
-    at_once = "server.clustering.from_round=1"
-    return load_config(tree, [f"method={method}", at_once, *overrides]).server_settings
+    return load_config(tree, [f"method={method}", *overrides]).server_settings
+
+
+def answered(state: ServerState, planted: Planted, settings: ServerSettings) -> tuple[list[Request], list[Reply]]:
+    """The next round's requests, and the replies, with gradients where they are asked for."""
+    requests = plan_round(state, settings)
+    asked = {request.client for request in requests if request.gradients}
+    return requests, [
+        reply
+        if reply.client in asked
+        else Reply(reply.client, tuple(replace(update, gradients=None) for update in reply.updates))
+        for reply in planted.replies
+    ]
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -74,11 +85,11 @@ def measure(n: int, repeats: int) -> dict[str, Any]:
     initial = init_server(settings["spectral"], BODY_SHAPES, HEAD_SHAPES, []).initial
     planted = plant(n, seed=0, initial=initial)
     before = init_server(settings["spectral"], BODY_SHAPES, HEAD_SHAPES, planted.clients)
-    requests = plan_round(before, settings["spectral"])
     upload_bytes = planted.factors.nbytes + planted.heads.nbytes
+    exchanged = {rule: answered(before, planted, settings[rule]) for rule in METHODS}
 
-    def round_of(rule: str, state: ServerState = before) -> tuple[ServerState, RoundReport]:
-        return finish_round(state, requests, planted.replies, settings[rule])
+    def round_of(rule: str) -> tuple[ServerState, RoundReport]:
+        return finish_round(before, *exchanged[rule], settings[rule])
 
     rounds = {rule: partial(round_of, rule) for rule in METHODS}
 
@@ -100,9 +111,12 @@ def measure(n: int, repeats: int) -> dict[str, Any]:
     after, report = round_of("spectral")
     assert report.updates == n
     first = {rule: labels_of(call()[0], planted) for rule, call in rounds.items()}
-    headless = replace(settings["spectral"], clustering=settings_of("fltac", "server.clustering.head=false").clustering)
-    without = labels_of(finish_round(before, requests, planted.replies, headless)[0], planted)
-    second = [timed(lambda: round_of("spectral", after))[0] for _ in range(3)]
+    again = answered(after, planted, settings["spectral"])
+
+    def second_round() -> tuple[ServerState, RoundReport]:
+        return finish_round(after, *again, settings["spectral"])
+
+    second = [timed(second_round)[0] for _ in range(3)]
     return {
         "clients": len(planted.clients),
         "upload_bytes": upload_bytes,
@@ -111,14 +125,14 @@ def measure(n: int, repeats: int) -> dict[str, Any]:
         "processor_seconds": processor,
         "seconds_second_round": second,
         "peak_bytes": {rule: peak_bytes(call) for rule, call in rounds.items()},
-        "peak_bytes_second_round": peak_bytes(lambda: round_of("spectral", after)),
+        "peak_bytes_second_round": peak_bytes(second_round),
         "ari": {
             **{rule: adjusted_rand_score(planted.task, labels) for rule, labels in first.items()},
-            "spectral without heads": adjusted_rand_score(planted.task, without),
             "sklearn": adjusted_rand_score(planted.task, expected),
         },
         "kmeans_agrees_with_sklearn": adjusted_rand_score(expected, first["kmeans"]),
         "k": report.k,
+        "agreement": report.agreement,
         "silhouette": report.silhouette,
     }
 

@@ -1,6 +1,7 @@
 """Slots are grouped after the first round where groups found in halves of what they learned agree."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fltac.server.agreement import ENOUGH, agreement
 from fltac.server.changes import Changes, remember
 from fltac.server.clustering import group
 from fltac.server.round import finish_round, init_server, plan_round
+from fltac.server.similarity import kernel
 from fltac.server.spectrum import embedding
 
 AUTO = "server.clustering.from_round=auto"
@@ -139,13 +141,13 @@ def test_of_many_slots_a_sample_of_whole_clients_is_looked_at(
     changes = changes_of(learned(40, noise=0.3)[0])
     seen: list[tuple[str, ...]] = []
 
-    def watched(part: Changes, *rest: object) -> np.ndarray:
+    def watched(part: Changes, *rest: Any) -> np.ndarray:
         seen.append(tuple(client for client, _ in part.keys))
-        return embedding(part, *rest)  # type: ignore[arg-type]
+        return kernel(part, *rest)
 
     monkeypatch.setattr(module, "MOST", most)
     monkeypatch.setattr(module, "OF_EACH", of_each)
-    monkeypatch.setattr(module, "embedding", watched)
+    monkeypatch.setattr(module, "kernel", watched)
     assert agreed(changes) == 1.0
     assert len(set(seen)) == 1
     assert expected <= len(seen[0]) < expected + 2 * TASKS

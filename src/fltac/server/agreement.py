@@ -15,8 +15,9 @@ from sklearn.metrics import adjusted_rand_score
 from fltac.seeding import derive
 from fltac.server.changes import Changes
 from fltac.server.clustering import group, sample
-from fltac.server.similarity import WHOLE
-from fltac.server.spectrum import embedding
+from fltac.server.pairing import paired
+from fltac.server.similarity import WHOLE, kernel
+from fltac.server.spectrum import leading
 
 ENOUGH = 0.7
 """Of agreement with ``auto``, so that slots are grouped: in the lab's first rounds below it many groupings are poor."""
@@ -62,14 +63,15 @@ def agreement(
     most = min(WHOLE, max(MOST, OF_EACH * k))
     few = changes.only(sample(len(owners), owners if apart else None, derive(seed, "sample"), most))
     own = [client for client, _ in few.keys] if apart else None
+    bare = replace(few, heads={}, profiles=None)
+    each = np.stack([kernel(replace(bare, modules=(part,)), False) for part in few.modules])
+    common = kernel(replace(few, modules=(), profiles=None), head)
+    said = kernel(replace(few, modules=(), heads={}), False, profile_weight)
     draw, found = np.random.default_rng(seed), []
     for number in range(DRAWS):
-        order = draw.permutation(len(few.modules)).tolist()
-        middle = len(order) // 2
-        labels = []
-        for half in (order[:middle], order[middle:]):
-            part = replace(few, modules=tuple(few.modules[index] for index in sorted(half)))
-            points = embedding(part, head, k + extra, seed, profile_weight, sharpness)
-            labels.append(group(points, k, own, STARTS, derive(seed, "half", number)))
+        order, labels = draw.permutation(len(each)), []
+        for half in np.split(order, [len(order) // 2]):
+            similarity = paired(each[half].mean(axis=0) + common, [client for client, _ in few.keys], sharpness) + said
+            labels.append(group(leading(similarity, k + extra), k, own, STARTS, derive(seed, "half", number)))
         found.append(float(adjusted_rand_score(*labels)))
     return float(np.mean(found))

@@ -12,8 +12,8 @@ import numpy as np
 
 from fltac.config import GRADIENT_DIRECTIONS, ServerSettings
 from fltac.config.clustering import Compared
-from fltac.records import LORA_A, Adapter, FloatArray, ServerState, SlotKey, Update, head_keys, lora_modules
-from fltac.server.changes import Changes, profiles_sent, remember
+from fltac.records import LORA_A, Adapter, ServerState, SlotKey, Update, head_keys, lora_modules
+from fltac.server.changes import BLOCK, Changes, profiles_sent, remember
 from fltac.server.sketch import VectorSketch
 
 GRADIENTS = "gradients"
@@ -69,10 +69,14 @@ def gathered(state: ServerState, updates: Sequence[Update], began: Mapping[SlotK
     sketches = {name: VectorSketch.draw(seed, name, size, width) for name, size in inputs.items()}
     ends = np.cumsum([0, *(sketch.width for sketch in sketches.values())]).tolist()
     edges = [slice(*pair) for pair in pairwise(ends)]
-    rows: dict[SlotKey, FloatArray] = {key: held[GRADIENTS] for key, held in state.memory.items() if GRADIENTS in held}
-    for update in new:
-        sent = update.gradients or {}
-        rows[update.key] = np.concatenate([sketch(sent[name]) for name, sketch in sketches.items()], axis=1)
-    nothing = np.zeros((GRADIENT_DIRECTIONS, ends[-1]), dtype=np.float32)
-    body = np.stack([rows.get(key, nothing) for key in changes.keys]) if changes.keys else nothing[None][:0]
+    body = np.zeros((len(index), GRADIENT_DIRECTIONS, ends[-1]), dtype=np.float32)
+    for key, held in state.memory.items():
+        body[index[key]] = held[GRADIENTS]
+    step = max(1, BLOCK // max([1, *inputs.values()]) // GRADIENT_DIRECTIONS)
+    for start in range(0, len(new), step):
+        part = new[start : start + step]
+        rows = [index[update.key] for update in part]
+        for (name, sketch), columns in zip(sketches.items(), edges, strict=True):
+            sent = np.concatenate([(update.gradients or {})[name] for update in part])
+            body[rows, :, columns] = sketch(sent).reshape(len(part), GRADIENT_DIRECTIONS, -1)
     return First(replace(changes, body=body, modules=tuple(edges), heads={}), changes)

@@ -109,12 +109,10 @@ def page() -> list[str]:
         own = json.loads(path.read_text(encoding="utf-8"))
         rows.setdefault((own["regime"], own["size"], own["steps"], own["seed"] in CHOSEN), []).append(own)
     for (regime, size, steps, chosen), runs in sorted(rows.items()):
-        seeds = " ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+        seeds = " ".join(str(seed) for seed in sorted(run["seed"] for run in runs)) + (" (chosen)" if chosen else "")
         cells = [spread([run[kind][what] for run in runs]) for kind in ("gradients", "changes") for what in WHAT]
         grouped = spread([run["grouped"]["ari"] for run in runs])
-        lines.append(
-            f"| {regime} | {size} | {steps} | {seeds}{' (chosen)' if chosen else ''} | {' | '.join(cells)} | {grouped} |"
-        )
+        lines.append(f"| {regime} | {size} | {steps} | {seeds} | {' | '.join(cells)} | {grouped} |")
     return lines
 
 

@@ -368,14 +368,17 @@ def test_more_steps_than_the_owner_allows(both: Both, owner: Callable[..., Path]
     file = owner(limits={"steps": 3})
     with pytest.raises(InputError, match=r"training: 4 steps of the task \w+ in a round; limits\.steps allows 3"):
         Node.open(both.coordinator, file)
-    fewer = ["training.steps=3", "server.clustering.gradient_batches=3"]
-    assert Node.open(load_config(both.out / "coordinator.yaml", fewer), file).id == "client-0"
-    fewer[1] = "server.clustering.gradient_batches=4"
-    with pytest.raises(
-        InputError, match=r"gradient_batches: 4 batches of the task \w+ in a round; limits\.steps allows 3"
-    ):
-        Node.open(load_config(both.out / "coordinator.yaml", fewer), file)
-    Node.open(load_config(both.out / "coordinator.yaml", [*fewer, "server.clustering.features=a"]), file)
+    node = Node.open(load_config(both.out / "coordinator.yaml", ["training.steps=3"]), file)
+    assert node.id == "client-0"
+    reply = decode_answer(node.answer(encode_train_question(replace(first_request(both), gradients=True), "float32")))
+    assert isinstance(reply, Reply)
+    assert all(update.gradients for update in reply.updates)
+
+
+def test_no_more_batches_of_gradients_than_steps_are_allowed(both: Both, owner: Callable[..., Path]) -> None:
+    few = load_owner(both.coordinator, owner(limits={"steps": 4}))
+    assert few.config.server.clustering.gradient_batches == 4
+    assert load_owner(both.coordinator, owner()).config.server.clustering.gradient_batches == 20
 
 
 @pytest.mark.parametrize("asked", [True, False])

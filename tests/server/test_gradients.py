@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from fltac.config import GRADIENT_DIRECTIONS, ServerSettings
+from fltac.config import GRADIENT_DIRECTIONS, ServerSettings, load_config
+from fltac.errors import InputError
 from fltac.records import Adapter, LateReply, Reply, RoundReport, ServerState, Update
 from fltac.server import grouping
 from fltac.server.directions import squared_agreement, squared_lengths
@@ -82,12 +83,21 @@ def test_slots_are_grouped_by_what_halves_agree_on(changes: float, gradients: fl
     assert (ari(play(start(alone, blind), alone, blind)[0], alone, truth) == 1.0) == (better == "changes")
 
 
-def test_where_nothing_can_be_compared_changes_count() -> None:
-    updates, truth = told(0.2, 20.0, clients=1)
+def test_where_halves_cannot_be_compared_changes_count() -> None:
+    """One matrix has no halves."""
+    updates, truth = told(0.2, 20.0)
+    one = [
+        replace(
+            item,
+            adapter={name: x for name, x in item.adapter.items() if name[:2] in ("m0", "he")},
+            gradients={"m0.lora_A": (item.gradients or {})["m0.lora_A"]},
+        )
+        for item in updates
+    ]
     settings = server(*SETTINGS)
-    after, report = play(start(updates, settings), updates, settings)
+    after, report = play(start(one, settings), one, settings)
     assert report.agreement == {"gradients": 0.0, "changes": 0.0}
-    assert ari(after, updates, truth) == 1.0
+    assert ari(after, one, truth) == 1.0
 
 
 def test_what_a_slot_said_first_is_kept_as_it_is() -> None:
@@ -136,6 +146,87 @@ def test_a_late_reply_brings_its_own() -> None:
     assert not report.rejections
     assert report.stale == TASKS
     assert ari(two, updates, truth) == 1.0
+
+
+def test_what_came_first_stays_when_more_comes_late() -> None:
+    """A slow client is asked again before its late reply is there: the first one counts, for good."""
+    updates, truth = told(20.0, 0.2)
+    settings = replace(server(*SETTINGS), stale="use")
+    state = start(updates, settings)
+    others = [item for item in updates if item.client != "client-3"]
+    own = tuple(item for item in updates if item.client == "client-3")
+    one, _ = play(state, others, settings)
+    again = next(item for item in plan_round(one, settings) if item.client == "client-3")
+    known = [replace(item, gradients=None) for item in others]
+    first = LateReply(
+        next(item for item in plan_round(state, settings) if item.client == "client-3"), Reply("client-3", own)
+    )
+    two, _ = play(one, known, settings, (first,))
+    turned = tuple(
+        replace(
+            item,
+            adapter={name: -x for name, x in item.adapter.items()},
+            gradients={name: np.ones_like(x) for name, x in (item.gradients or {}).items()},
+        )
+        for item in own
+    )
+    three, report = play(two, known, settings, (LateReply(again, Reply("client-3", turned)),))
+    assert (report.stale, report.rejections) == (TASKS, ())
+    for item in own:
+        for name, tensor in two.memory[item.key].items():
+            np.testing.assert_array_equal(tensor, three.memory[item.key][name])
+    assert ari(three, updates, truth) == 1.0
+
+
+@pytest.mark.parametrize("first", ["1", "2", "3", "auto"])
+def test_who_comes_while_all_are_together_is_asked_too(first: str) -> None:
+    updates, truth = told(20.0, 0.2)
+    settings = server(*SETTINGS, f"server.clustering.from_round={first}")
+    early = [item for item in updates if item.client in ("client-0", "client-1")]
+    late = [item for item in updates if item not in early]
+    state, _ = play(start(updates, settings), early, settings)
+    for number in (2, 3, 4):
+        known = [replace(item, gradients=None) for item in early]
+        asked = {request.client for request in plan_round(state, settings) if request.gradients}
+        assert asked == ({item.client for item in late} if number == 2 else set())
+        now = late if number == 2 else [replace(item, gradients=None) for item in late]
+        state, report = play(state, [*known, *now], settings)
+        assert not report.rejections
+    assert ari(state, updates, truth) == 1.0
+
+
+def test_one_slot_alone_does_not_keep_all_others_out() -> None:
+    updates, truth = told(20.0, 0.2)
+    settings = server(*SETTINGS)
+    one, _ = play(start(updates, settings), updates[:1], settings)
+    assert len(one.clusters) == 1
+    now = [replace(item, gradients=None) if item is updates[0] else item for item in updates]
+    two, report = play(one, now, settings)
+    assert not report.rejections
+    assert ari(two, updates, truth) == 1.0
+
+
+@pytest.mark.parametrize("k", ["3", "auto"])
+def test_a_round_of_forgotten_slots_alone(k: str) -> None:
+    """A late reply may be of a slot that was given up since."""
+    updates, _ = told(0.2, 0.2, clients=1)
+    settings = replace(server(*SETTINGS, f"server.clustering.k={k}"), stale="use")
+    one, _ = play(start(updates, settings), updates, settings)
+    (request,) = plan_round(one, settings)
+    late = LateReply(request, Reply("client-0", tuple(replace(item, gradients=None) for item in updates)))
+    gone = replace(one, memory={}, clusters=tuple(replace(cluster, members=()) for cluster in one.clusters))
+    after, report = finish_round(gone, [], [], settings, late=(late,))
+    assert (after.assignment(), report.k) == ({}, None)
+
+
+def test_groups_that_are_hard_to_tell_stay_as_long_as_nothing_new_is_said() -> None:
+    updates, _ = told(20.0, 2.0)
+    settings = server(*SETTINGS)
+    state, _ = play(start(updates, settings), updates, settings)
+    first = state.assignment()
+    for _ in range(4):
+        state, _ = play(state, [replace(item, gradients=None) for item in updates], settings)
+        assert state.assignment() == first
 
 
 def test_kept_gradients_compare_as_second_moments() -> None:
@@ -224,22 +315,23 @@ def test_in_rounds_in_which_clients_choose_nobody_is_asked() -> None:
     assert all(request.candidates for request in requests)
 
 
-def test_a_frozen_a_says_nothing_by_its_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With FFA-LoRA the changes are the heads' alone: both halves would be the same, and agree wholly."""
+@pytest.mark.parametrize("rule", ["ffa", "rolora"])
+def test_where_a_is_not_trained_in_all_rounds_gradients_count_alone(rule: str) -> None:
     updates, truth = told(0.2, 0.2)
-    settings = server(*SETTINGS, "server.aggregation.rule=ffa")
+    settings = server(*SETTINGS, f"server.aggregation.rule={rule}")
     sent = [
         replace(item, adapter={name: x for name, x in item.adapter.items() if not name.endswith("lora_A")})
         for item in updates
     ]
     after, report = play(start(updates, settings), sent, settings)
-    assert report.agreement is not None
-    assert report.agreement["changes"] == 0.0
+    assert not report.rejections
+    assert report.agreement is None
     assert ari(after, updates, truth) == 1.0
 
 
-def test_k_is_chosen_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates, truth = told(20.0, 0.2)
+@pytest.mark.parametrize("noises", [(20.0, 0.2), (0.2, 20.0)])
+def test_k_is_chosen_for_each_kind(noises: tuple[float, float]) -> None:
+    updates, truth = told(*noises)
     settings = server("server.clustering.features=auto", "server.clustering.k=auto")
     after, report = play(start(updates, settings), updates, settings)
     assert report.k == TASKS
@@ -260,3 +352,16 @@ def test_from_round_two_they_are_kept_from_the_first(monkeypatch: pytest.MonkeyP
     waits, report = play(start(updates, auto), updates, auto)
     assert (report.k, len(waits.clusters)) == (None, 1)
     assert report.agreement is not None
+
+
+def test_where_nothing_is_federated_nobody_is_asked() -> None:
+    tree = {"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}
+    federated = load_config(tree)
+    assert (federated.gradient_batches(True), federated.gradient_batches(False)) == (20, 0)
+    pooled = load_config(tree, ["federation.pool=sum"])
+    assert pooled.gradient_batches(True) == 0
+    requests = plan_round(start(learned(2, 0.2)[0], pooled.server_settings), pooled.server_settings)
+    assert not any(request.gradients for request in requests)
+    for more in ((), ("training.trainable=all",)):
+        with pytest.raises(InputError, match="features: got 'gradients', but with federation.pool nobody is asked"):
+            load_config(tree, ["federation.pool=sum", "server.clustering.features=gradients", *more])

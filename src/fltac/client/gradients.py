@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fltac.client.client import Client, draw_steps, start_adapter
 from fltac.client.losses import lane_losses
 from fltac.client.memory import give_back
-from fltac.client.schedule import LanePlan, plan_passes
+from fltac.client.schedule import POOL, LanePlan, plan_passes
 from fltac.client.training import OnPass, TrainJob, no_report, over_pools
 from fltac.config import GRADIENT_DIRECTIONS, Config, TrainingConfig
 from fltac.model.lanes import LaneModel
@@ -27,8 +27,8 @@ OUTPUTS = 4
 """Random directions of a layer's output through which its gradients are seen: the rank of these adapters."""
 
 
-POOLED = 16
-"""Slots whose gradients are in memory together: each has OUTPUTS times A's inputs for each batch."""
+ROOM = 2**26
+"""Numbers in memory together: each slot has OUTPUTS times A's inputs for each batch."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ def gradients(
     def made(own: LaneModel, pool: Sequence[TrainJob], watched: OnPass) -> list[Gradients]:
         return _of_pool(own, pool, config, plan, watched)
 
-    found = over_pools(model.twin(OUTPUTS), jobs, plan, made, on_pass, POOLED)
+    seen = model.twin(OUTPUTS)
+    each = sum(OUTPUTS * shape[1] for name, shape in seen.body_shapes.items() if name.endswith(LORA_A))
+    size = min(POOL, max(1, ROOM // (each * max(len(job.steps) for job in jobs))))
+    found = over_pools(seen, jobs, plan, made, on_pass, size)
     return sorted((one for done in found for one in done), key=lambda one: (one.client, one.slot))
 
 

@@ -46,6 +46,11 @@ class AggregationConfig(Section):
     tau: Annotated[float, Field(gt=0)] = 1e-3
     """Of ``fedadam``: added to the root of the second moment, which begins at its square."""
 
+    @property
+    def trains_a(self) -> bool:
+        """Whether A is trained in every round."""
+        return self.rule not in ("ffa", "rolora")
+
     def frozen(self, round_number: int) -> str | None:
         """The ending of the factors that nobody trains or uploads in a round; None where both are trained."""
         # Not above: it brings NumPy along, and `fltac --help` is to answer at once.

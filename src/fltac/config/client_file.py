@@ -45,8 +45,8 @@ class Limits(Section):
     threads: Positive | None = None
     """CPU threads; default: what the coordinator's config says, else all cores."""
     steps: Positive | None = None
-    """The most optimizer steps of one task in a round, and the most batches of gradients before its first; default:
-    whatever the coordinator asks for."""
+    """The most optimizer steps of one task in a round; default: whatever the coordinator asks for. Of gradients no more
+    batches are made."""
     message_mb: Positive = 1024
     """The largest question that is read, in MiB."""
     profile: bool = False

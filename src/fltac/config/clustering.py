@@ -32,12 +32,13 @@ class ClusteringConfig(Section):
     silhouette where it is not given."""
     features: Compared | Literal["auto"] = "auto"
     """``spectral``: what is compared of each adapted matrix. ``gradients``: those of A at the bare backbone, on a few
-    batches before a slot's first training, without their sign; its client sends their leading directions, once.
-    ``a``: the change of A in all rounds, without its sign, and half as much of the head's; ``products``: the change of
-    the product B A, with its sign, and as much of the head's; ``auto``: ``gradients``, but ``products`` where nothing
-    has a head (language models) or no factors are trained (full fine-tuning)."""
+    batches before a slot's first training, without their sign (its client sends their leading directions, once), or
+    what that training changed, as with ``a``: the server takes the one whose halves agree more on the groups. ``a``:
+    the change of A in all rounds, without its sign, and half as much of the head's; ``products``: the change of the
+    product B A, with its sign, and as much of the head's; ``auto``: ``gradients``, but ``products`` where nothing has
+    a head (language models) or nothing is federated."""
     gradient_batches: Positive = 20
-    """Of which a slot's gradients are compared, with ``gradients``."""
+    """Of each of a slot's tasks, of which its gradients are made."""
     extra_eigenvectors: Annotated[int, Field(ge=0)] | None = None
     """``spectral``: so many beyond the K leading ones are clustered in, too; default: 2, none with products."""
     dual_softmax: Annotated[float, Field(ge=0)] | None = None
@@ -97,7 +98,7 @@ class ClusteringConfig(Section):
 
         Args:
             labelled: Whether tasks have heads.
-            factors: Whether low-rank factors are trained.
+            factors: Whether clients train low-rank factors.
         """
         if self.rule != "spectral":
             return None
@@ -170,7 +171,9 @@ def clustering_fault(config: ClusteringConfig, merging: AggregationConfig, poole
             f"server.clustering.dual_softmax: got {config.dual_softmax:g}, but without cannot_link slots of one client "
             "do not compete; allowed: 0"
         )
-    if rule == "spectral" and config.features == "a" and aggregation in ("ffa", "rolora"):
+    if rule == "spectral" and config.features == "gradients" and pooled:
+        return "server.clustering.features: got 'gradients', but with federation.pool nobody is asked; allowed: auto"
+    if rule == "spectral" and config.features == "a" and not merging.trains_a:
         return (
             f"server.clustering.features: got 'a', but {aggregation} does not always train A; allowed: auto, "
             "gradients, products"

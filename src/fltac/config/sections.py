@@ -194,6 +194,8 @@ class Config(Section):
         at_once = self.rounds < 2 or grouping.assign == "loss" or aggregation.from_round > 1
         if grouping.from_round is None and at_once:
             grouping = grouping.model_copy(update={"from_round": 1})
+        if self.pooled and grouping.features == "auto":
+            grouping = grouping.model_copy(update={"features": "products"})
         return ServerSettings(
             seed=self.federation.seed if self.server.seed is None else self.server.seed,
             participation=1.0 if self.pooled else self.federation.participation,
@@ -207,7 +209,7 @@ class Config(Section):
 
     def gradient_batches(self, labelled: bool) -> int:
         """Batches of each task whose gradients are made before a slot's first training; ``labelled``: it has a head."""
-        grouping = self.server.clustering
+        grouping = self.server_settings.clustering
         compared = grouping.compared(labelled, self.training.trainable == "lora")
         return grouping.gradient_batches if compared == "gradients" else 0
 

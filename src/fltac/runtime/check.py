@@ -100,6 +100,7 @@ def check_client(config: Config, client_file: Path) -> ClientCheck:
         trained.append(_trained(owner, _short(job)))
         seconds[job.slot] = (time.perf_counter() - begun) / len(_short(job).steps) * len(job.steps)
     for job in plan_gradients(owner.client, request, request.initial or {}, owner.config):
+        gradients(owner.model, [_short(job, 1)], owner.config.training, owner.plan)
         begun = time.perf_counter()
         (found,) = gradients(owner.model, [_short(job)], owner.config.training, owner.plan)
         seen[job.slot] = found.directions

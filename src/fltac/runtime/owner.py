@@ -70,7 +70,7 @@ def load_owner(config: Config, client_file: Path) -> Owner:
     # The stamp first: what changes after it is noticed at the next question.
     stamp = load_client_file(client_file).stamp()
     file = load_client_file(client_file)
-    own = file.applied(config)
+    own = _limited(file.applied(config), file.limits.steps)
     tasks = load_tasks(own, backbone_folder(own))
     backbone, _, model = build_model(own, tasks)
     splits = [(split, len(split)) for task in tasks.values() for split in (task.train, task.validation)]
@@ -89,6 +89,15 @@ def load_owner(config: Config, client_file: Path) -> Owner:
     )
 
 
+def _limited(config: Config, steps: int | None) -> Config:
+    """With no more batches of gradients than an owner gives steps: fewer say less, but are as good a reply."""
+    clustering = config.server.clustering
+    if steps is None or clustering.gradient_batches <= steps:
+        return config
+    fewer = clustering.model_copy(update={"gradient_batches": steps})
+    return config.model_copy(update={"server": config.server.model_copy(update={"clustering": fewer})})
+
+
 def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) -> Client:
     """All tasks in one slot where adapters are shared, as in a simulation; else each in its own."""
     shared = config.training.adapters == "shared"
@@ -98,10 +107,7 @@ def _client(config: Config, file: ClientFile, tasks: Mapping[str, EncodedTask]) 
         before, most = slots.get(slot, ()), file.limits.steps
         rows = np.arange(len(task.train))
         local = local_task(task, rows, task.head_key, config, file.id, slot + len(before))
-        asked = {"training: {} steps": local.steps}
-        asked["server.clustering.gradient_batches: {} batches"] = config.gradient_batches(bool(task.head_key))
-        for what, steps in asked.items():
-            if most is not None and steps > most:
-                raise InputError(f"{what.format(steps)} of the task {name} in a round; limits.steps allows {most}")
+        if most is not None and local.steps > most:
+            raise InputError(f"training: {local.steps} steps of the task {name} in a round; limits.steps allows {most}")
         slots[slot] = (*before, local)
     return Client(file.id, slots)

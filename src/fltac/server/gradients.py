@@ -54,11 +54,11 @@ def gathered(state: ServerState, updates: Sequence[Update], began: Mapping[SlotK
 
     Args:
         state: Before the round; not changed.
-        updates: Checked; those of slots that have sent gradients before bring none.
+        updates: Checked; what a slot has sent before stays, whatever comes now.
         began: What each of the updates began from: those with gradients from v0.
         seed: Of the run.
     """
-    new = [update for update in updates if update.gradients is not None]
+    new = [update for update in updates if update.gradients is not None and update.key not in state.memory]
     changes = remember(state, new, began, 1.0, seed, of_a=True, most=1)
     index = {key: row for row, key in enumerate(changes.keys)}
     changes = replace(changes, profiles=profiles_sent(state, updates, index))

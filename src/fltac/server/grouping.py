@@ -98,9 +98,16 @@ def _spectral(evidence: Evidence, settings: ServerSettings) -> Grouping:
     asked = rule.from_round == "auto" and not begun
     if not asked and (evidence.round_number < first or (first > 1 and not begun)):  # else not all began alike
         return _single(evidence, settings)
+    if isinstance(evidence.changes, First):
+        kinds = {"gradients": evidence.changes.gradients}
+        if settings.aggregation.trains_a:
+            kinds["changes"] = evidence.changes.changes
+        evidence = replace(evidence, round_number=0)  # What is the same in all rounds is grouped alike in all.
+    else:
+        kinds = {"changes": evidence.changes}
+    if not all(changes.keys for changes in kinds.values()):
+        return Grouping({}, identities=True, clustered=False)
     seed = derive(settings.seed, "embedding", evidence.round_number)
-    known = evidence.changes
-    kinds = {"gradients": known.gradients, "changes": known.changes} if isinstance(known, First) else {"changes": known}
     found = {kind: _space(evidence, changes, settings) for kind, changes in kinds.items()}
     agreed = {kind: space.agreement(settings) for kind, space in found.items()} if asked or len(found) > 1 else {}
     kind = max(found, key=lambda kind: (agreed.get(kind, 0.0), kind == "changes"))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fltac.config import ServerSettings
 from fltac.records import LORA_A, LORA_B, Adapter, ServerState, SlotKey, Update, at_rank, is_head, lora_modules
+from fltac.server.gradients import compared
 
 
 class Outbox:
@@ -16,6 +17,7 @@ class Outbox:
         self._assignment = state.assignment()
         together = settings.clustering.rule in ("single", "spectral") and len(state.clusters) == 1
         together = together and state.round_number >= settings.aggregation.from_round  # else no means are sent yet
+        together = together and compared(state.initial, settings) != "gradients"  # which all slots make at v0
         self._only = state.clusters[0].id if together else None
         self._adapters: dict[int | None, Adapter] = {cluster.id: cluster.adapter for cluster in state.clusters}
         self._adapters[None] = state.initial

@@ -3,12 +3,12 @@
 The kernel is a cosine of what was learned, averaged over the adapted matrices, plus that of the heads' changes, plus
 that of the clients' profiles where they send some, less what all have in common. Each matrix is normalised before it is
 added, so that no loud layer decides alone, and the common factor alpha / r cancels. All is compared through sketches
-(``server.sketch``). Two kinds (``server.clustering.features``):
+(``server.sketch``). Two ways:
 
-``a``: of the change of A, and half as much of the heads, both without their sign, between slots as from round to round
-(``server.directions``). A's change says which inputs a task reads. B's and the head's say where they push the output
-to, and a client whose labels are skewed pushes all its tasks one way, another client the other way: the sign is loud
-and says nothing of the task.
+Of A (``server.clustering.features``: ``a``, ``gradients``): of its changes, and half as much of the heads', or of its
+gradients, without their sign, between slots as from round to round (``server.directions``). They say which inputs a
+task reads. B's and the head's say where they push the output to, and a client whose labels are skewed pushes all its
+tasks one way, another client the other way: the sign is loud and says nothing of the task.
 
 ``products``: of the change of the product ``B A``, with its sign. It does not change under ``A -> R A, B -> B R^-1``.
 """

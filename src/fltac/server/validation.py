@@ -21,6 +21,7 @@ from fltac.records import (
     lora_modules,
 )
 from fltac.server.beside import FLOAT32, choice_fault, profile_fault
+from fltac.server.gradients import compared
 
 LARGEST = 1e6
 """An upload with a larger number has diverged, and its square would leave float32's accuracy in a mean."""
@@ -81,6 +82,7 @@ class Expectations:
         self._frozen = settings.aggregation.frozen(round_number)
         self.noise = settings.clustering.profile_noise
         self.decomposed = settings.aggregation.rule not in STEPPING
+        self.by_gradients = compared(initial, settings) == "gradients"
         self._by_rank: dict[int | None, Expected] = {}
         self.gradients = Expected(
             {
@@ -129,7 +131,7 @@ def accept_updates(
             fault = update_fault(update, reply.client, seen, expected)
             fault = fault or choice_fault(update, request.candidates)
             fault = fault or profile_fault(update, request.profile, expected.hidden, expectations.noise)
-            due = request.gradients and update.slot not in request.slots
+            due = expectations.by_gradients and update.slot not in request.slots and not request.candidates
             fault = fault or gradients_fault(update, due, expectations.gradients)
             fault = fault or (product_fault(update.adapter) if expectations.decomposed else None)
             seen.add(update.slot)
@@ -199,7 +201,7 @@ def gradients_fault(update: Update, due: bool, expected: Expected) -> str | None
 
     Args:
         update: As decoded.
-        due: Whether they were to be sent.
+        due: Whether it is the slot's first update by which it is compared.
         expected: Their names and shapes.
     """
     if update.gradients is None:

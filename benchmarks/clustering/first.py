@@ -12,6 +12,8 @@ only writes ``results/clustering/first.md`` from the files in ``first/``. Needs 
 import argparse
 import json
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from fltac.runtime.provenance import code_state, hardware, versions
 from fltac.server.agreement import agreement
 from fltac.server.clustering import group
 from fltac.server.gradients import gathered
-from fltac.server.grouping import EXTRA_OF_A, SHARPNESS_OF_A
+from fltac.server.grouping import EXTRA_OF_A, SHARPNESS_OF_A, Evidence
+from fltac.server.rules import group_slots
 from fltac.server.spectrum import embedding
 
 OUT = FOLDER.parent / "first"
@@ -71,6 +74,11 @@ def play(path: Path, regime: str, size: str, steps: int, seed: int) -> None:
         aris = [adjusted_rand_score(truth, group(points, k, owners, 20, draw)) for draw in range(DRAWS)]
         agreed = agreement(changes, True, k, EXTRA_OF_A, seed, 1.0, SHARPNESS_OF_A, True)
         found[kind] = {"ari": float(np.mean(aris)), "agreement": agreed}
+    settings_of_server = replace(config.server_settings, k=None)  # as with server.clustering.k=auto
+    evidence = Evidence(replace(state, clusters=()), 1, [], {}, known, None)
+    auto = group_slots(evidence, settings_of_server).labels
+    keys = sorted(auto)
+    truth = [tasks[key] for key in keys]
     record: dict[str, Any] = {
         "regime": regime,
         "size": size,
@@ -79,6 +87,7 @@ def play(path: Path, regime: str, size: str, steps: int, seed: int) -> None:
         "slots": len(tasks),
         **found,
         "grouped": {"ari": records[0]["clustering"]["ari"], "agreement": records[0]["agreement"]},
+        "auto": {"k": len(set(auto.values())), "ari": adjusted_rand_score(truth, [auto[key] for key in keys])},
         "git": code_state(),
         "versions": versions(),
         "hardware": hardware(None),
@@ -97,12 +106,13 @@ def page() -> list[str]:
         "Written by `benchmarks/clustering/first.py` from the files in `first/`; do not edit. First rounds alone, K "
         "given. ARI by the gradients (20 batches, three directions) and by what A and the head changed in the first "
         "training, each with how far halves of the adapted matrices agree; and what the server grouped by the one that "
-        "agrees more. Small: LoRA in two of six layers, batches of 4; full: in all, 8; digits: the quickstart's. In "
+        "agrees more, also with K chosen by the server (how often which). Small: LoRA in two of six layers, batches of 4; full: in all, 8; digits: the quickstart's. In "
         "brackets the least. Chosen: by seeds 0, 1, 2, 8 and 9 the batches, the directions and the rule between the "
         "two were chosen; others are kept for the end.",
         "",
-        "| regime | size | steps | seeds | gradients: ARI | agreement | changes: ARI | agreement | grouped: ARI |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| regime | size | steps | seeds | gradients: ARI | agreement | changes: ARI | agreement | grouped: ARI | "
+        "K by the server | ARI |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows: dict[tuple[str, str, int, bool], list[dict[str, Any]]] = {}
     for path in sorted(OUT.glob("*.json")):
@@ -112,7 +122,10 @@ def page() -> list[str]:
         seeds = " ".join(str(seed) for seed in sorted(run["seed"] for run in runs)) + (" (chosen)" if chosen else "")
         cells = [spread([run[kind][what] for run in runs]) for kind in ("gradients", "changes") for what in WHAT]
         grouped = spread([run["grouped"]["ari"] for run in runs])
-        lines.append(f"| {regime} | {size} | {steps} | {seeds} | {' | '.join(cells)} | {grouped} |")
+        chosen_k = Counter(run["auto"]["k"] for run in runs)
+        ks = ", ".join(f"{k} ({times})" for k, times in sorted(chosen_k.items()))
+        auto = spread([run["auto"]["ari"] for run in runs])
+        lines.append(f"| {regime} | {size} | {steps} | {seeds} | {' | '.join(cells)} | {grouped} | {ks} | {auto} |")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Ways to put the rounds of a film together, replayed: what the default rule would have grouped after each round.
+"""Ways to put the rounds of a film together, replayed: what changes of A would have grouped after each round.
 
 After the first round exact for the rule that was played alone, an indication for the others, since later uploads
 depend on what was sent. Films that keep what A learned are put together as changes of A are compared, without their
@@ -146,7 +146,7 @@ def compared_after(film: Recording, rounds: int, upto: int, way: str | None = No
 
 
 def points_of(film: Recording, rounds: int, upto: int, k: int, way: str | None = None) -> Points:
-    """What is clustered after some rounds: ``[n, k]``, or so many eigenvectors more as the default or a way says."""
+    """What is clustered after some rounds: ``[n, k]``, or so many more as the server takes or a way says."""
     more = "a" in film.grams if way is None else MORE in way
     sharpened = way in (None, DEFAULT, BY_FIRST)
     kernel = (compared_after if sharpened else kernel_after)(film, rounds, upto, way)

@@ -30,7 +30,7 @@ class Halves:
     Attributes:
         name: Of the recording or film.
         agreement: Of groups found in halves of the matrices, in the mean of the server's number of draws.
-        ari: Of the default's grouping against the tasks.
+        ari: Of the grouping against the tasks.
     """
 
     name: str

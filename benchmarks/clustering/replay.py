@@ -1,7 +1,7 @@
 """Replays clustering rules on recordings and keeps how well they group: ``results/clustering/replays.json``.
 
     python benchmarks/clustering/replay.py
-    python benchmarks/clustering/replay.py --recordings 'I-rank1-*-tau50' --rules paper default --again
+    python benchmarks/clustering/replay.py --recordings 'I-rank1-*-tau50' --rules paper products --again
 
 Trains nothing. A rule that was replayed on a recording is not replayed there again, unless its definition in
 ``rules.py`` has changed or ``--again`` asks for it (after a change of the package or of a kernel).
@@ -53,8 +53,8 @@ def main() -> int:
         known = found.get(path.stem, {}).get("rules", {})
         rules = [rule for rule in args.rules if args.again or known.get(rule, {}).get("rule") != repr(RULES[rule])]
         if rules:
-            # What is said of the uploads follows from the default rule.
-            jobs.append((path, rules, "default" in rules or "uploads" not in found.get(path.stem, {})))
+            # What is said of the uploads follows from this rule.
+            jobs.append((path, rules, "changes of A" in rules or "uploads" not in found.get(path.stem, {})))
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for (path, rules, _), result in zip(jobs, pool.map(replayed, *zip(*jobs, strict=True)), strict=True):
             own = found.setdefault(path.stem, {"rules": {}})

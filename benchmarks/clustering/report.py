@@ -71,16 +71,16 @@ def rules_by_setting(found: Sequence[Found]) -> list[str]:
 
 
 def choice_table(found: Sequence[Found]) -> list[str]:
-    """How each rule differs from the default, recording by recording, where a rule may be chosen."""
+    """How each rule differs from `features: a`, recording by recording, where a rule may be chosen."""
     own = [item for item in found if item["regime"] in CHOSEN_IN and item["tau"] in CHOSEN_AT]
     own = [item for item in own if item["loss"] == "plain" and item["rank"] == 1]
-    lines = [f"| rule | {' | '.join(CHOSEN_IN)} | all, less the default | better, worse |", "|---" * 6 + "|"]
+    lines = [f"| rule | {' | '.join(CHOSEN_IN)} | all, less changes of A | better, worse |", "|---" * 6 + "|"]
     rows = []
     for rule in RULES:
         by_regime: dict[str, list[float]] = defaultdict(list)
         for item in own:
             by_regime[item["regime"]].append(item["rules"][rule]["ari"])
-        less = np.array([item["rules"][rule]["ari"] - item["rules"]["default"]["ari"] for item in own])
+        less = np.array([item["rules"][rule]["ari"] - item["rules"]["changes of A"]["ari"] for item in own])
         error = less.std(ddof=1) / np.sqrt(len(less))
         cells = [f"{np.mean(by_regime[regime]):.2f}" for regime in CHOSEN_IN]
         counts = f"{(less > 1e-9).sum()}, {(less < -1e-9).sum()}"
@@ -96,7 +96,7 @@ def uploads_table(found: Sequence[Found]) -> list[str]:
     for item in found:
         facts = item["uploads"]
         cells = [f"{name_of(item)}, seed {item['seed']}", facts["slots"], facts["tasks"], f"{facts['ceiling']:.2f}"]
-        cells += [facts["k"], facts["k_no_link"], f"{item['rules']['default']['ari']:.2f}"]
+        cells += [facts["k"], facts["k_no_link"], f"{item['rules']['changes of A']['ari']:.2f}"]
         for own in facts["learned"] or [None, None]:
             ari = "" if own is None or own["ari"] is None else f"{own['ari']:.2f}"
             cells += ["" if own is None else f"{own['slots']} of {own['tasks']} tasks", ari]
@@ -191,7 +191,7 @@ def main() -> int:
         "## Rules, where they may be chosen",
         *rule_tables(rest),
         "",
-        "## Against the default",
+        "## Against changes of A",
         "",
         f"ARI in {', '.join(CHOSEN_IN)} at {' and '.join(map(str, CHOSEN_AT))} steps with rank 1, and the mean of the "
         "differences recording by recording with its standard error.",
@@ -218,7 +218,7 @@ def main() -> int:
         "## What is in the uploads",
         "",
         "Ceiling: ARI of a classifier that is told the tasks of all other clients. K: as `k: auto` chooses it, with "
-        "cannot-link and without. ARI: of the default rule, K given. Above majority: the slots whose upload scores "
+        "cannot-link and without. ARI: of changes of A, K given. Above majority: the slots whose upload scores "
         "above its task's most frequent class, where scores were taken, and of how many tasks they are; their ARI: of "
         "these slots alone, in the same grouping of all.",
         "",

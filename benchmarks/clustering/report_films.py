@@ -45,7 +45,7 @@ def film_tables() -> list[str]:
         lines += ["", f"Of {about}:", "", *ways_table(own, ways)]
     lines += ["", "## What is in these films", ""]
     lines += [
-        "ARI by round of a classifier that is told the tasks of all other clients' slots, on what the default compares "
+        "ARI by round of a classifier that is told the tasks of all other clients' slots, on changes of A "
         "(before the dual softmax, which it does not need).",
         "",
         *ceilings(films),

@@ -121,7 +121,7 @@ class Request:
         candidates: Clusters, all in ``adapters``, of which the client is to choose one for each of its slots by
             itself; empty where the server has decided.
         profile: Whether a profile of each slot is asked for, too.
-        gradients: Whether those of each slot without a cluster are, too.
+        gradients: Whether those of each slot that is not in ``slots`` are, too.
     """
 
     round_number: int

@@ -41,7 +41,7 @@ class Gradients:
 
 
 def plan_gradients(client: Client, request: Request, initial: Adapter, config: Config) -> list[TrainJob]:
-    """What gradients are asked for: of each slot that has no cluster yet; none where the request does not ask.
+    """What gradients are asked for: of each slot that begins from v0; none where the request does not ask.
 
     Args:
         client: Whose slots.

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from fltac.client.client import Client, draw_steps, start_adapter
 from fltac.client.losses import lane_losses
 from fltac.client.memory import give_back
-from fltac.client.schedule import POOL, LanePlan, plan_passes
-from fltac.client.training import OnPass, TrainJob, no_report, over_pools
+from fltac.client.schedule import POOL, LanePlan
+from fltac.client.training import OnPass, TrainJob, no_report, over_pools, passes_of
 from fltac.config import GRADIENT_DIRECTIONS, Config, TrainingConfig
 from fltac.model.lanes import LaneModel
 from fltac.records import LORA_A, LORA_B, Adapter, FloatArray, Request, is_head
@@ -25,8 +25,6 @@ from fltac.seeding import derive, generator
 
 OUTPUTS = 4
 """Random directions of a layer's output through which its gradients are seen: the rank of these adapters."""
-
-
 ROOM = 2**26
 """Numbers in memory together: each slot has OUTPUTS times A's inputs for each batch."""
 
@@ -116,8 +114,7 @@ def gradients(
 def _of_pool(
     model: LaneModel, pool: Sequence[TrainJob], config: TrainingConfig, plan: LanePlan, on_pass: OnPass
 ) -> list[Gradients]:
-    passes = plan_passes([job.packed_sizes if plan.packed else job.padded_sizes for job in pool], plan)
-    passes = [sorted(numbers, key=lambda number: (pool[number].steps[0].head_key, number)) for numbers in passes]
+    passes = passes_of(pool, plan)
     model.load([job.start for job in pool], max(map(len, passes)))
     columns = model.columns(lambda name: name.endswith(LORA_A))
     assert columns is not None, "without factors there is nothing to make gradients of"

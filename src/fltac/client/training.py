@@ -187,6 +187,12 @@ def pools(jobs: Sequence[TrainJob], size: int, plan: LanePlan) -> list[list[Trai
     return out if plan.workers == 1 else sorted(out, key=tokens, reverse=True)
 
 
+def passes_of(pool: Sequence[TrainJob], plan: LanePlan) -> list[list[int]]:
+    """The passes in order, each the numbers of its jobs: those with the same head side by side, as one product."""
+    passes = plan_passes([job.packed_sizes if plan.packed else job.padded_sizes for job in pool], plan)
+    return [sorted(numbers, key=lambda number: (pool[number].steps[0].head_key, number)) for numbers in passes]
+
+
 def train_pool(
     model: LaneModel,
     pool: Sequence[TrainJob],
@@ -196,9 +202,7 @@ def train_pool(
     on_pass: OnPass = no_report,
 ) -> list[Trained]:
     """Trains jobs (of one batch size, where rows are padded) through common passes; returns results in their order."""
-    passes = plan_passes([job.packed_sizes if plan.packed else job.padded_sizes for job in pool], plan)
-    # Lanes with the same head side by side, so that their heads are one product.
-    passes = [sorted(numbers, key=lambda number: (pool[number].steps[0].head_key, number)) for numbers in passes]
+    passes = passes_of(pool, plan)
     model.load([job.start for job in pool], max(map(len, passes)))
     frozen = model.columns(pool[0].freezes)  # The same for all jobs of a round.
     optimizer = LaneOptimizer(config, model.rows(), [len(job.steps) for job in pool], frozen)

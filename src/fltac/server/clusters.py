@@ -153,19 +153,18 @@ def _groups(
     bases: dict[int, Adapter] = {}
     groups = {}
     for label, keys in slots.items():
-        parts = tuple(
-            Part(update.adapter, bases.setdefault(id(began[key]), base_of(began[key])), weight)
-            for key in keys
-            if key in by_key
-            for update, weight in [by_key[key]]
-        )
+        asked = [key for key in keys if key in by_key]
+        for key in asked:
+            if id(began[key]) not in bases:
+                bases[id(began[key])] = base_of(began[key])
+        parts = tuple(Part(by_key[key][0].adapter, bases[id(began[key])], by_key[key][1]) for key in asked)
         holds = [received.get(key, state.initial) for key in keys if key not in by_key]
         adapter = combined(parts, settings.aggregation, fresh) if parts else _unasked(holds, settings, fresh)
         # A head that none of the updates has: the mean of those that the other slots hold.
         rest = [
             {name: tensor for name, tensor in held.items() if is_head(name) and name not in adapter} for held in holds
         ]
-        starts = tuple(began[key] for key in keys if key in by_key)
+        starts = tuple(began[key] for key in asked)
         groups[label] = _Group(tuple(keys), parts, starts, {**adapter, **mean_adapter(rest, [1.0] * len(rest))})
     return groups
 

@@ -76,7 +76,9 @@ def gathered(state: ServerState, updates: Sequence[Update], began: Mapping[SlotK
     for start in range(0, len(new), step):
         part = new[start : start + step]
         rows = [index[update.key] for update in part]
+        own = np.empty((len(part), GRADIENT_DIRECTIONS, ends[-1]), dtype=np.float32)
         for (name, sketch), columns in zip(sketches.items(), edges, strict=True):
             sent = np.concatenate([(update.gradients or {})[name] for update in part])
-            body[rows, :, columns] = sketch(sent).reshape(len(part), GRADIENT_DIRECTIONS, -1)
+            own[:, :, columns] = sketch(sent).reshape(len(part), GRADIENT_DIRECTIONS, -1)
+        body[rows] = own
     return First(replace(changes, body=body, modules=tuple(edges), heads={}), changes)

@@ -84,16 +84,16 @@ class Completion:
         """
         self._initial = initial
         self._rank = next((len(initial[name + LORA_A]) for name in lora_modules(initial)), 0)
+        # Of each factor the axis that is as long as the rank: looked for once, and not anew for each update.
+        self._factors = {
+            name + part: axis for name in lora_modules(initial) for axis, part in enumerate((LORA_A, LORA_B))
+        }
         self._full: dict[int, tuple[Adapter, Adapter]] = {}
 
     def began(self, sent: Adapter) -> Adapter:
         """What a slot began from, at the common rank; the same object for the same one."""
         if id(sent) not in self._full:
-            missing = {
-                name: tensor
-                for name, tensor in self._initial.items()
-                if name.endswith((LORA_A, LORA_B)) and not is_head(name) and name not in sent
-            }
+            missing = {name: self._initial[name] for name in self._factors if name not in sent}
             whole = {**sent, **missing} if missing else sent
             # The key is the object's identity, so the object is kept as long as the key.
             self._full[id(sent)] = sent, at_rank(whole, self._rank)
@@ -101,11 +101,8 @@ class Completion:
 
     def whole(self, update: Update, began: Mapping[SlotKey, Adapter]) -> Update:
         """The update with the factors that it did not bring, at the common rank; the same one if nothing is missing."""
-        held = began[update.key]
-        missing = {
-            name: tensor
-            for name, tensor in held.items()
-            if name.endswith((LORA_A, LORA_B)) and not is_head(name) and name not in update.adapter
-        }
-        adapter = at_rank({**update.adapter, **missing} if missing else update.adapter, self._rank)
-        return update if adapter is update.adapter else replace(update, adapter=adapter)
+        adapter, held = update.adapter, began[update.key]
+        missing = {name: held[name] for name in self._factors if name not in adapter}
+        if not missing and all(adapter[name].shape[axis] == self._rank for name, axis in self._factors.items()):
+            return update
+        return replace(update, adapter=at_rank({**adapter, **missing}, self._rank))

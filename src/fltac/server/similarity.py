@@ -159,13 +159,22 @@ def _inner(parts: Sequence[tuple[Vectors, FloatArray]], rows: Rows, columns: Row
     """Inner products of what some slots have, each row times its scale; without signs, of second moments, rooted."""
     total = np.zeros((len(rows), len(columns)))
     for own, scale in parts:
-        (left, left_place), (right, right_place) = (
-            np.intersect1d(own.rows, wanted, assume_unique=True, return_indices=True)[1:] for wanted in (rows, columns)
-        )
+        (left, left_place), (right, right_place) = (_places(own.rows, wanted) for wanted in (rows, columns))
         first, second = (own.values[some] * scale[some, None, None] for some in (left, right))
         inner = squared_agreement(first, second) if unsigned else first[:, 0] @ second[:, 0].T
-        total[np.ix_(left_place, right_place)] += inner
+        if len(left_place) == len(rows) and len(right_place) == len(columns):
+            total += inner
+        else:
+            total[np.ix_(left_place, right_place)] += inner
     return np.sqrt(total) if unsigned else total
+
+
+def _places(held: Rows, wanted: Rows) -> tuple[Rows | slice, Rows]:
+    """Where what is wanted of what is held stands in it, and where among what is wanted; both sorted."""
+    some, place = np.intersect1d(held, wanted, assume_unique=True, return_indices=True)[1:]
+    if len(some) and some[-1] - some[0] == len(some) - 1:
+        return slice(int(some[0]), int(some[-1]) + 1), place  # a view, and no copy
+    return some, place
 
 
 def _centred(profiles: Vectors) -> Vectors:

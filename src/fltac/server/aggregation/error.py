@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from fltac.records import Adapter, FloatArray, base_of, lora_modules, without_base
 from fltac.seeding import generator
-from fltac.server.aggregation.parts import Part, columns
+from fltac.server.aggregation.means import BLOCK
+from fltac.server.aggregation.parts import Matrix, Part, columns
 
 EXACT = 96
 """Up to so many columns inner products of all of them are taken."""
@@ -46,16 +47,27 @@ def _squares(parts: Sequence[Part], result: Adapter, module: str, seed: int) -> 
     lefts, rights, each = columns(parts, module)
     members = len(each)
     own_lefts, own_rights, own = columns([Part(without_base(result), base_of(result), 1.0)], module)
-    left, right = np.concatenate([*lefts, *own_lefts]), np.concatenate([*rights, *own_rights])
-    scale = np.concatenate([each, -own])
-    if len(scale) <= EXACT:
-        out, into = left.astype(np.float64) * scale[:, None], right.astype(np.float64)
+    if members + len(own) <= EXACT:
+        scale = np.concatenate([each, -own])
+        out = np.concatenate([*lefts, *own_lefts], dtype=np.float64) * scale[:, None]
+        into = np.concatenate([*rights, *own_rights], dtype=np.float64)
         gram = (out @ out.T) * (into @ into.T)
         return float(gram.sum()), float(gram[:members, :members].sum())
-    probes = generator(seed, f"probes {module}").standard_normal((right.shape[1], PROBES), dtype=np.float32)
-    low: FloatArray = (right @ probes) * scale[:, None].astype(np.float32)
-    mean = left[:members].T @ low[:members]
-    return _mean_square(mean + left[members:].T @ low[members:]), _mean_square(mean)
+    inputs = rights[0].shape[1]
+    probes = generator(seed, f"probes {module}").standard_normal((inputs, PROBES), dtype=np.float32)
+    mean = _images(lefts, rights, each, probes)
+    return _mean_square(mean - _images(own_lefts, own_rights, own, probes)), _mean_square(mean)
+
+
+def _images(lefts: Sequence[FloatArray], rights: Sequence[FloatArray], each: Matrix, probes: FloatArray) -> FloatArray:
+    """What a sum of products makes of the probes: ``[out, probes]``; some at a time, so that they stay in the cache."""
+    total, start = np.zeros((lefts[0].shape[1], probes.shape[1]), dtype=np.float32), 0
+    for first in range(0, len(lefts), BLOCK):
+        left, right = (np.concatenate(blocks[first : first + BLOCK]) for blocks in (lefts, rights))
+        share = each[start : start + len(right), None].astype(np.float32)
+        start += len(right)
+        total += left.T @ ((right @ probes) * share)
+    return total
 
 
 def _mean_square(images: NDArray[np.floating[Any]]) -> float:

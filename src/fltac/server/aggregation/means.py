@@ -59,9 +59,9 @@ def mean_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
             missing = len(held) < len(part)
             own = [weight for adapter, weight in zip(part, given, strict=True) if name in adapter] if missing else given
             share = np.array(own, dtype=np.float64)
-            rows = np.stack(held).reshape(len(held), -1)
+            rows = np.concatenate(held, axis=None, dtype=np.float64).reshape(len(held), -1)
             total = totals.setdefault(name, np.zeros(held[0].shape, dtype=np.float64))
-            total += (share @ rows.astype(np.float64)).reshape(total.shape)
+            total += (share @ rows).reshape(total.shape)
             shares[name] += float(share.sum())
     return {name: (totals[name] / share).astype(np.float32) for name, share in shares.items()}
 

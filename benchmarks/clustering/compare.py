@@ -137,6 +137,7 @@ METHODS: dict[str, list[str]] = {
     **{f"fltac-products{name}": ["server.clustering.features=products", *own] for name, own in VARIANTS.items()},
     **{f"fltac-a{name}": ["server.clustering.features=a", *own] for name, own in VARIANTS.items()},
     **{f"fltac{name}": own for name, own in VARIANTS.items()},
+    "fltac+all-steps": [COMMON[1]],  # the batches of gradients on top of what all others make
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
     others = {*GROUPINGS, *SHARED, *(name for name in METHODS if name.endswith("+ranks"))}
-    others |= {name for name in METHODS if name.startswith(("fltac-a", "fltac-products+"))}
+    others |= {name for name in METHODS if name.startswith(("fltac-a", "fltac-products+", "fltac+all"))}
     jobs, methods = list[Job](), args.methods or [n for n in METHODS if n in size.chosen or n not in others]
     if args.what == "rates":
         rates = args.rates or size.tried
@@ -251,7 +252,7 @@ def rate_of(method: str, size: Size) -> list[str]:
 def settings_of(method: str, size: Size) -> list[str]:
     """What a method changes, in runs of a size."""
     base = method.partition("+")[0]
-    return METHODS[method] + (size.wide if base in SHARED else [*size.even] if base == "fltac" else [])
+    return [*(size.even if base == "fltac" else ()), *METHODS[method], *(size.wide if base in SHARED else ())]
 
 
 def play(path: Path, size: Size, regime: str, method: str, seed: int, settings: list[str]) -> None:

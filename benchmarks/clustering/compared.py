@@ -57,7 +57,12 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
     config = next(iter(next(iter(regimes.values())).values()))[0]["config"]
     rounds, training = config["federation"]["rounds"], config["training"]
     tasks, steps = len(config["tasks"]), 50 if size.even else training["steps"]
-    even = " (`fltac`: 46, and 20 batches of gradients before the first, so as many in all)" if size.even else ""
+    even = ""
+    if size.even:
+        even = (
+            " (`fltac`: 46, and 20 batches of gradients before the first, so as many in all; with `+all-steps` as many "
+            "steps as all others, and the batches on top)"
+        )
     lines = [
         f"# Methods compared{TITLES[name]}",
         "",

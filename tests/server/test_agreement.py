@@ -12,7 +12,7 @@ from fltac.errors import InputError
 from fltac.records import Adapter, Reply, RoundReport, ServerState, Update
 from fltac.server import agreement as module
 from fltac.server.agreement import ENOUGH, agreement
-from fltac.server.changes import Changes, remember
+from fltac.server.changes import Changes, Vectors, remember
 from fltac.server.clustering import group
 from fltac.server.round import finish_round, init_server, plan_round
 from fltac.server.similarity import kernel
@@ -214,3 +214,62 @@ def test_with_k_chosen_by_the_server(noise: float, k: int | None) -> None:
 def test_what_it_cannot_be_combined_with(overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises(InputError, match=told):
         settings_of(*overrides)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Nothing is known yet; one entry for each half that is grouped."""
+    calls: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(1)
+        return group(*arguments)
+
+    monkeypatch.setattr(module, "group", counting)
+    monkeypatch.setattr(module, "_KNOWN", {})
+    return calls
+
+
+def test_what_is_asked_again_is_not_computed_again(counted: list[int]) -> None:
+    changes = changes_of(learned(8, noise=3.0)[0])
+    first = agreed(changes)
+    halves = len(counted)
+    assert agreed(replace(changes, body=changes.body.copy())) == first
+    assert len(counted) == halves > 0
+
+
+def test_other_evidence_or_settings_are_another_question(counted: list[int]) -> None:
+    changes = changes_of(learned(8, noise=3.0)[0])
+    other, heads = changes.body.copy(), changes.heads["2"]
+    other[0, 0, 0] += 1
+    profiles = Vectors(np.arange(4), np.ones((4, 1, 5), dtype=np.float32))
+    variants = [
+        changes,
+        replace(changes, body=other),
+        replace(changes, heads={"2": Vectors(heads.rows, heads.values * 2)}),
+        replace(changes, heads={"2": Vectors(heads.rows[:-1], heads.values[:-1])}),
+        replace(changes, profiles=profiles),
+        replace(changes, profiles=Vectors(profiles.rows + 1, profiles.values)),
+        replace(changes, modules=changes.modules[:-1]),
+        replace(changes, keys=tuple((f"{client}x", slot) for client, slot in changes.keys)),
+        replace(changes, of_a=False, body=changes.body[:, :1]),
+    ]
+    asked = [(True, TASKS, 2, 0, 8.0, 1.5, True)] * len(variants)
+    usual = asked[0]
+    for place, value in enumerate((False, TASKS - 1, 3, 1, 4.0, 1.0, False)):
+        variants.append(changes)
+        asked.append((*usual[:place], value, *usual[place + 1 :]))  # type: ignore[arg-type]
+    seen = []
+    for variant, how in zip(variants, asked, strict=True):
+        before = len(counted)
+        agreement(variant, *how)
+        seen.append(len(counted) - before)
+    assert min(seen) > 0
+    assert len(module._KNOWN) == len(variants)
+
+
+def test_not_more_answers_are_kept_than_a_few(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 3)
+    changes = changes_of(learned(8, noise=0.3)[0])
+    assert [agreed(changes, seed=seed) for seed in range(7)] == [1.0] * 7
+    assert len(module._KNOWN) <= 3

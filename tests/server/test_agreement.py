@@ -226,7 +226,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return group(*arguments)
 
     monkeypatch.setattr(module, "group", counting)
-    monkeypatch.setattr(module, "_KNOWN", {})
+    monkeypatch.setattr(module, "KNOWN", {})
     return calls
 
 
@@ -265,11 +265,11 @@ def test_other_evidence_or_settings_are_another_question(counted: list[int]) -> 
         agreement(variant, *how)
         seen.append(len(counted) - before)
     assert min(seen) > 0
-    assert len(module._KNOWN) == len(variants)
+    assert len(module.KNOWN) == len(variants)
 
 
 def test_not_more_answers_are_kept_than_a_few(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REMEMBERED", 3)
     changes = changes_of(learned(8, noise=0.3)[0])
     assert [agreed(changes, seed=seed) for seed in range(7)] == [1.0] * 7
-    assert len(module._KNOWN) <= 3
+    assert len(module.KNOWN) <= 3

@@ -32,7 +32,7 @@ FEWEST = 8
 """Clients with ``auto``: the slots of fewer agree by chance, as cannot-link leaves little to choose."""
 STARTS = 5
 """Of K-means, for each half."""
-_KNOWN, REMEMBERED = dict[bytes, float](), 64
+KNOWN, REMEMBERED = dict[bytes, float](), 64
 """Answers by a digest of all they depend on: what slots said first is asked again in each round of a run."""
 
 
@@ -69,12 +69,12 @@ def agreement(
     few = changes.only(sample(len(owners), owners if apart else None, derive(seed, "sample"), most))
     how = (head, k, extra, seed, profile_weight, sharpness, apart)
     digest = _digest(few, repr((how, DRAWS, STARTS)))
-    found = _KNOWN.get(digest)
+    found = KNOWN.get(digest)
     if found is None:
         found = _halves(few, *how)
-        if len(_KNOWN) >= REMEMBERED:
-            _KNOWN.clear()
-        _KNOWN[digest] = found
+        if len(KNOWN) >= REMEMBERED:
+            KNOWN.clear()
+        KNOWN[digest] = found
     return found
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from fltac.server import clustering
-from fltac.server.clustering import assign_distinct, group, silhouette, squared_distances, teams_of
+from fltac.server.clustering import assign_distinct, first_centres, group, silhouette, squared_distances, teams_of
 
 
 def blobs(seed: int = 0, owners: int = 6, k: int = 3, spread: float = 0.2) -> tuple[np.ndarray, list[str], list[int]]:
@@ -25,6 +25,49 @@ def test_plain_is_scikit_learn() -> None:
     points, _, _ = blobs()
     expected = KMeans(3, n_init=7, random_state=5).fit_predict(points)
     assert adjusted_rand_score(expected, group(points, 3, None, 7, 5)) == 1.0
+
+
+def test_iterations_without_clients_are_scikit_learns() -> None:
+    points, _, _ = blobs(owners=40, spread=0.8)
+    for start in first_centres(points, 3, 5, 0):
+        expected = KMeans(3, init=start, n_init=1, tol=0, algorithm="lloyd").fit(points)
+        labels, objective = clustering._lloyd(points, start, None)
+        np.testing.assert_array_equal(labels, expected.labels_)
+        assert objective == pytest.approx(expected.inertia_)
+
+
+def test_first_centres_leave_as_little_as_scikit_learns() -> None:
+    points, state = np.random.default_rng(0).normal(size=(200, 6)), np.random.RandomState(0)
+    ours = [squared_distances(points, centres).min(axis=1).sum() for centres in first_centres(points, 6, 400, 0)]
+    theirs = [
+        squared_distances(points, kmeans_plusplus(points, 6, random_state=state)[0]).min(axis=1).sum()
+        for _ in range(400)
+    ]
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.015)  # five standard errors are .019
+    drawn = np.mean([squared_distances(points, points[state.permutation(200)[:6]]).min(axis=1).sum() for _ in ours])
+    assert np.mean(ours) < 0.97 * drawn
+
+
+def test_the_second_centre_by_hand() -> None:
+    """The better of two points, each drawn by its squared distance; at a tie that which was drawn first."""
+    points, starts = np.array([[0.0], [3.0], [4.0]]), 30_000
+    pairs = first_centres(points, 2, starts, 0)[:, :, 0]
+    expected = {
+        (0, 3): 9 / 25,
+        (0, 4): 16 / 25,
+        (3, 0): 1 - 0.1**2,
+        (3, 4): 0.1**2,
+        (4, 0): 1 - (1 / 17) ** 2,
+        (4, 3): (1 / 17) ** 2,
+    }
+    for (first, second), share in expected.items():
+        found = ((pairs[:, 0] == first) & (pairs[:, 1] == second)).mean()
+        assert found == pytest.approx(share / 3, abs=0.012)  # four standard errors
+    assert set(map(tuple, pairs.tolist())) <= set(expected)
+
+
+def test_first_centres_of_points_that_are_all_alike() -> None:
+    assert (first_centres(np.ones((5, 2)), 3, 4, 0) == 1).all()
 
 
 def test_cannot_link_repairs_what_plain_k_means_confuses() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans, kmeans_plusplus
+from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
 Labels = NDArray[np.int64]
@@ -46,20 +46,50 @@ def group(points: Points, k: int, owners: Sequence[str] | None, starts: int, see
         return np.arange(len(points))
     rows = sample(len(points), owners, seed, SAMPLE)
     part, small = points[rows], len(rows) < len(points)
-    plain = _plain(part, k, "k-means++", starts, seed)
-    if small:
-        plain = _plain(points, k, _means(part, plain, part[:k]), 1, seed)
     if owners is None:
-        return plain
-    state = np.random.RandomState(seed % 2**32)
-    seeds = [kmeans_plusplus(part, k, random_state=state)[0] for _ in range(starts)]
+        plain = _plain(part, k, "k-means++", starts, seed)
+        return _plain(points, k, _means(part, plain, part[:k]), 1, seed) if small else plain
+    seeds = first_centres(part, k, starts, seed)
+    free = min((_lloyd(part, start, None) for start in seeds), key=_objective)[0]
+    centres = [_means(part, free, part[:k]), *seeds]
     if small:
         own = teams_of([owners[row] for row in rows])
-        labels = min((_constrained(part, start, own) for start in seeds), key=_objective)[0]
-        seeds = [_means(part, labels, part[:k])]
+        labels = min((_lloyd(part, start, own) for start in centres), key=_objective)[0]
+        centres = [_means(part, labels, part[:k])]
     teams = teams_of(owners)
-    centres = [_means(points, plain, np.zeros((k, points.shape[1]))), *seeds]
-    return min((_constrained(points, start, teams) for start in centres), key=_objective)[0]
+    return min((_lloyd(points, start, teams) for start in centres), key=_objective)[0]
+
+
+def first_centres(points: Points, k: int, starts: int, seed: int) -> Points:
+    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 8), all starts at once.
+
+    Each next centre is that of a few points, drawn with a probability that grows as the squared distance to the
+    nearest centre, which leaves the least sum of such distances. For many starts on few points, where one call of
+    scikit-learn for each start takes longer than all the rest.
+
+    Args:
+        points: ``[n, d]``, at least k.
+        k: Centres.
+        starts: How many times.
+        seed: Of all.
+
+    Returns:
+        ``[starts, k, d]``, each one of the points.
+    """
+    draw, trials, every = np.random.default_rng(seed), 2 + int(math.log(k)), np.arange(starts)
+    chosen = np.empty((starts, k), dtype=np.int64)
+    chosen[:, 0] = draw.integers(len(points), size=starts)
+    nearest = squared_distances(points, points[chosen[:, 0]])  # [n, starts]
+    for step in range(1, k):
+        sums = nearest.cumsum(axis=0)
+        wanted = draw.random((trials, starts)) * sums[-1]
+        tried = np.stack([(sums <= row).sum(axis=0) for row in wanted])  # [trials, starts]
+        tried = np.minimum(tried, len(points) - 1)
+        near = squared_distances(points, points[tried.ravel()]).reshape(len(points), trials, starts)
+        near = np.minimum(near, nearest[:, None])
+        best = near.sum(axis=0).argmin(axis=0)
+        chosen[:, step], nearest = tried[best, every], near[:, best, every]
+    return np.asarray(points[chosen])
 
 
 def sample(n: int, owners: Sequence[str] | None, seed: int, count: int) -> Labels:
@@ -87,18 +117,18 @@ def _plain(points: Points, k: int, init: Any, starts: int, seed: int) -> Labels:
     return np.asarray(found, dtype=np.int64)
 
 
-def _constrained(points: Points, centres: Points, teams: Sequence[Labels]) -> tuple[Labels, float]:
-    """Lloyd's iterations with one matching a client; returns labels and the sum of squared distances."""
+def _lloyd(points: Points, centres: Points, teams: Sequence[Labels] | None) -> tuple[Labels, float]:
+    """Lloyd's iterations, with one matching a client if there are any; labels and the sum of squared distances."""
     labels = np.full(len(points), -1, dtype=np.int64)
     for _ in range(ITERATIONS):
-        costs = squared_distances(points, centres)
-        assigned = assign_distinct(costs, teams)
+        # Squared distances less each point's own square, which is the same for all centres.
+        costs = (centres**2).sum(axis=1) - 2 * (points @ centres.T)
+        assigned = assign_distinct(costs, teams or ())
         if (assigned == labels).all():
             break
         labels = assigned
         centres = _means(points, labels, centres)
-    costs = squared_distances(points, centres)
-    return labels, float(costs[np.arange(len(points)), labels].sum())
+    return labels, float(((points - centres[labels]) ** 2).sum())
 
 
 def keep_or_move(points: Points, before: Labels, found: Labels, owners: Sequence[str] | None, share: float) -> Labels:
@@ -194,8 +224,10 @@ def squared_distances(points: Points, centres: Points) -> Points:
 def _means(points: Points, labels: Labels, previous: Points) -> Points:
     """Each cluster's mean; an empty cluster keeps its previous centre."""
     centres = np.array(previous, dtype=np.float64)
-    for label in np.unique(labels):
-        centres[label] = points[labels == label].mean(axis=0)
+    members = (labels == np.arange(len(centres))[:, None]).astype(np.float64)
+    sizes = members.sum(axis=1)
+    held = sizes > 0
+    centres[held] = (members @ points)[held] / sizes[held, None]
     return centres
 
 

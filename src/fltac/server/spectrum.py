@@ -6,6 +6,7 @@ Of up to ``WHOLE`` slots from all pairs; of more without a matrix of all pairs.
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.linalg import eigh
 
 from fltac.seeding import generator
 from fltac.server.changes import Changes
@@ -48,10 +49,18 @@ def embedding(
 
 def leading(similarity: Matrix, dimensions: int) -> Matrix:
     """The same for a given kernel ``[n, n]``."""
-    values, vectors = np.linalg.eigh(similarity)
-    top = slice(max(0, len(values) - dimensions), None)
-    scaled = vectors[:, top] * np.sqrt(np.clip(values[top], 0.0, None))
-    return np.asarray(scaled[:, ::-1])
+    values, vectors = _top(similarity, dimensions)
+    return np.asarray(vectors * np.sqrt(np.clip(values, 0.0, None)))
+
+
+def _top(similarity: Matrix, dimensions: int) -> tuple[Matrix, Matrix]:
+    """The largest eigenvalues, descending, and their vectors: ``[some]`` and ``[n, some]``; no others are sought."""
+    n = len(similarity)
+    if dimensions >= n:
+        values, vectors = np.linalg.eigh(similarity)
+    else:
+        values, vectors = eigh(similarity, subset_by_index=[n - dimensions, n - 1], check_finite=False)
+    return np.asarray(values[::-1]), np.asarray(vectors[:, ::-1])
 
 
 def by_landmarks(features: Features, owners: list[str], dimensions: int, seed: int, sharpness: float = 0.0) -> Matrix:
@@ -67,9 +76,7 @@ def by_landmarks(features: Features, owners: list[str], dimensions: int, seed: i
         if pairing is not None and pairing.works:
             learned[rows] = pairing(learned[rows], [owners[row] for row in rows], few - rows[0])
         learned[rows] += features.profiled(rows, few)
-    values, vectors = np.linalg.eigh(learned[few])
-    top = slice(max(0, len(values) - dimensions), None)
-    values, vectors = values[top][::-1], vectors[:, top][:, ::-1]
+    values, vectors = _top(learned[few], dimensions)
     roots = np.sqrt(np.clip(values, 0.0, None))
     turn = vectors * np.divide(1.0, roots, out=np.zeros_like(roots), where=roots > 1e-6)
     return np.asarray(learned @ turn)

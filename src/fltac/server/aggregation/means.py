@@ -1,6 +1,7 @@
 """Weighted means of adapters, tensor by tensor."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ def mean_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[
         mixed. Float32, in the order of first occurrence.
     """
     totals: dict[str, NDArray[np.float64]] = {}
-    shares = dict.fromkeys((name for adapter in adapters for name in adapter), 0.0)
+    shares = dict.fromkeys(chain.from_iterable(adapters), 0.0)
     # Some adapters at a time, with all their tensors: those of one lie close together.
     for start in range(0, len(adapters), BLOCK):
         part, given = adapters[start : start + BLOCK], weights[start : start + BLOCK]

@@ -42,16 +42,15 @@ def columns(parts: Sequence[Part], module: str) -> tuple[list[FloatArray], list[
         The columns ``[some, out]`` and the rows ``[some, in]``, in blocks of equal lengths, and the share of each one.
         A base that several members have is there once.
     """
-    lefts, rights, each, bases = [], [], [], dict[int, tuple[Adapter, float]]()
-    for part, share in zip(parts, shares(parts).tolist(), strict=True):
-        lefts.append(part.adapter[module + LORA_B].T)
-        rights.append(part.adapter[module + LORA_A])
-        each.append(share)
-        if module + BASE_A in part.base:
+    name_a, name_b, base_a, base_b = (module + part for part in (LORA_A, LORA_B, BASE_A, BASE_B))
+    lefts, rights = [part.adapter[name_b].T for part in parts], [part.adapter[name_a] for part in parts]
+    each, bases = shares(parts).tolist(), dict[int, tuple[Adapter, float]]()
+    for part, share in zip(parts, each, strict=True):
+        if base_a in part.base:
             bases[id(part.base)] = part.base, share + bases.get(id(part.base), (part.base, 0.0))[1]
     for base, share in bases.values():
-        lefts.append(base[module + BASE_B].T)
-        rights.append(base[module + BASE_A])
+        lefts.append(base[base_b].T)
+        rights.append(base[base_a])
         each.append(share)
     return lefts, rights, np.repeat(each, [len(block) for block in rights])
 

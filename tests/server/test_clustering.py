@@ -29,11 +29,27 @@ def test_plain_is_scikit_learn() -> None:
 
 def test_iterations_without_clients_are_scikit_learns() -> None:
     points, _, _ = blobs(owners=40, spread=0.8)
-    for start in first_centres(points, 3, 5, 0):
+    starts = first_centres(points, 3, 5, 0)
+    for start, labels, objective in zip(starts, *clustering._lloyd(points, starts, ()), strict=True):
         expected = KMeans(3, init=start, n_init=1, tol=0, algorithm="lloyd").fit(points)
-        labels, objective = clustering._lloyd(points, start, None)
         np.testing.assert_array_equal(labels, expected.labels_)
         assert objective == pytest.approx(expected.inertia_)
+
+
+def test_starts_side_by_side_are_each_alone() -> None:
+    """With clients of one, two and three slots, so that teams of all sizes are matched in each start."""
+    points, _, _ = blobs(owners=40, spread=2.0)
+    teams = clustering.teams_of(
+        [f"c{number // 3 if number < 60 else number // 2 + number % 5}" for number in range(120)]
+    )
+    assert len(teams) > 1
+    starts = first_centres(points, 3, 6, 1)
+    together = clustering._lloyd(points, starts, teams)
+    assert len({labels.tobytes() for labels in together[0]}) > 1
+    for number in range(len(starts)):
+        labels, sums = clustering._lloyd(points, starts[number : number + 1], teams)
+        np.testing.assert_array_equal(labels[0], together[0][number])
+        assert sums[0] == pytest.approx(together[1][number])
 
 
 def test_first_centres_leave_as_little_as_scikit_learns() -> None:

@@ -50,14 +50,12 @@ def group(points: Points, k: int, owners: Sequence[str] | None, starts: int, see
         plain = _plain(part, k, "k-means++", starts, seed)
         return _plain(points, k, _means(part, plain, part[:k]), 1, seed) if small else plain
     seeds = first_centres(part, k, starts, seed)
-    free = min((_lloyd(part, start, None) for start in seeds), key=_objective)[0]
-    centres = [_means(part, free, part[:k]), *seeds]
+    free = _best(part, seeds, ())
+    centres = np.stack([_means(part, free, part[:k]), *seeds])
     if small:
-        own = teams_of([owners[row] for row in rows])
-        labels = min((_lloyd(part, start, own) for start in centres), key=_objective)[0]
-        centres = [_means(part, labels, part[:k])]
-    teams = teams_of(owners)
-    return min((_lloyd(points, start, teams) for start in centres), key=_objective)[0]
+        labels = _best(part, centres, teams_of([owners[row] for row in rows]))
+        centres = _means(part, labels, part[:k])[None]
+    return _best(points, centres, teams_of(owners))
 
 
 def first_centres(points: Points, k: int, starts: int, seed: int) -> Points:
@@ -105,10 +103,6 @@ def sample(n: int, owners: Sequence[str] | None, seed: int, count: int) -> Label
     return np.flatnonzero(np.isin(of, order[:enough]))
 
 
-def _objective(solution: tuple[Labels, float]) -> float:
-    return solution[1]
-
-
 def _plain(points: Points, k: int, init: Any, starts: int, seed: int) -> Labels:
     with warnings.catch_warnings():
         # Fewer distinct points than clusters is a case of its own, not a fault: some clusters stay empty.
@@ -117,18 +111,38 @@ def _plain(points: Points, k: int, init: Any, starts: int, seed: int) -> Labels:
     return np.asarray(found, dtype=np.int64)
 
 
-def _lloyd(points: Points, centres: Points, teams: Sequence[Labels] | None) -> tuple[Labels, float]:
-    """Lloyd's iterations, with one matching a client if there are any; labels and the sum of squared distances."""
-    labels = np.full(len(points), -1, dtype=np.int64)
+def _best(points: Points, starts: Points, teams: Sequence[Labels]) -> Labels:
+    """The first solution with the least sum of squares; ``starts`` is ``[s, k, d]``, ``teams`` may be ()."""
+    size = max(1, BLOCK // (len(points) * starts.shape[1]))
+    found = [_lloyd(points, starts[first : first + size], teams) for first in range(0, len(starts), size)]
+    labels, sums = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return np.asarray(labels[sums.argmin()])
+
+
+def _lloyd(points: Points, centres: Points, teams: Sequence[Labels]) -> tuple[Labels, Points]:
+    """Lloyd's iterations from several starts side by side, each until nothing moves.
+
+    Args:
+        points: ``[n, d]``.
+        centres: ``[starts, k, d]``.
+        teams: As :func:`teams_of` gives them, for one matching a client; () without.
+
+    Returns:
+        int64 ``[starts, n]``, and the sums of squared distances ``[starts]``.
+    """
+    starts, k, _ = centres.shape
+    labels, each = np.full((starts, len(points)), -1, dtype=np.int64), np.arange(starts)[:, None]
+    # To the matchings a client of each start is one more client.
+    teams = [(len(points) * each[:, None] + rows).reshape(-1, rows.shape[1]) for rows in teams]
     for _ in range(ITERATIONS):
         # Squared distances less each point's own square, which is the same for all centres.
-        costs = (centres**2).sum(axis=1) - 2 * (points @ centres.T)
-        assigned = assign_distinct(costs, teams or ())
+        costs = (centres**2).sum(axis=-1)[:, None] - 2 * (points @ centres.transpose(0, 2, 1))
+        assigned = assign_distinct(costs.reshape(-1, k), teams).reshape(labels.shape)
         if (assigned == labels).all():
             break
         labels = assigned
         centres = _means(points, labels, centres)
-    return labels, float(((points - centres[labels]) ** 2).sum())
+    return labels, np.square(points - centres[each, labels]).sum(axis=(1, 2))
 
 
 def keep_or_move(points: Points, before: Labels, found: Labels, owners: Sequence[str] | None, share: float) -> Labels:
@@ -222,12 +236,12 @@ def squared_distances(points: Points, centres: Points) -> Points:
 
 
 def _means(points: Points, labels: Labels, previous: Points) -> Points:
-    """Each cluster's mean; an empty cluster keeps its previous centre."""
+    """Each cluster's mean, of one labelling or several: ``[..., k, d]``; an empty cluster keeps its previous centre."""
     centres = np.array(previous, dtype=np.float64)
-    members = (labels == np.arange(len(centres))[:, None]).astype(np.float64)
-    sizes = members.sum(axis=1)
+    members = (labels[..., None, :] == np.arange(centres.shape[-2])[:, None]).astype(np.float64)
+    sizes = members.sum(axis=-1)
     held = sizes > 0
-    centres[held] = (members @ points)[held] / sizes[held, None]
+    centres[held] = (members @ points)[held] / sizes[held][:, None]
     return centres
 
 

@@ -35,14 +35,29 @@ def product_error(groups: Sequence[tuple[Sequence[Part], Adapter]], seed: int) -
         None where there are no factors or the mean is zero everywhere.
     """
     missed = whole = 0.0
+    probes = _Probes(seed)
     for parts, result in groups:
         for module in lora_modules(result):
-            one, other = _squares(parts, result, module, seed)
+            one, other = _squares(parts, result, module, probes)
             missed, whole = missed + one, whole + other
     return float(np.sqrt(max(missed, 0.0) / whole)) if whole > 0 else None
 
 
-def _squares(parts: Sequence[Part], result: Adapter, module: str, seed: int) -> tuple[float, float]:
+class _Probes:
+    """Of each matrix, the same for all clusters."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._drawn = seed, dict[str, FloatArray]()
+
+    def of(self, module: str, inputs: int) -> FloatArray:
+        """float32 ``[inputs, PROBES]``."""
+        if module not in self._drawn:
+            draw = generator(self._seed, f"probes {module}")
+            self._drawn[module] = draw.standard_normal((inputs, PROBES), dtype=np.float32)
+        return self._drawn[module]
+
+
+def _squares(parts: Sequence[Part], result: Adapter, module: str, probes: _Probes) -> tuple[float, float]:
     """The squared norms of what one matrix's product misses, and of the mean."""
     lefts, rights, each = columns(parts, module)
     members = len(each)
@@ -53,10 +68,9 @@ def _squares(parts: Sequence[Part], result: Adapter, module: str, seed: int) -> 
         into = np.concatenate([*rights, *own_rights], dtype=np.float64)
         gram = (out @ out.T) * (into @ into.T)
         return float(gram.sum()), float(gram[:members, :members].sum())
-    inputs = rights[0].shape[1]
-    probes = generator(seed, f"probes {module}").standard_normal((inputs, PROBES), dtype=np.float32)
-    mean = _images(lefts, rights, each, probes)
-    return _mean_square(mean - _images(own_lefts, own_rights, own, probes)), _mean_square(mean)
+    drawn = probes.of(module, rights[0].shape[1])
+    mean = _images(lefts, rights, each, drawn)
+    return _mean_square(mean - _images(own_lefts, own_rights, own, drawn)), _mean_square(mean)
 
 
 def _images(lefts: Sequence[FloatArray], rights: Sequence[FloatArray], each: Matrix, probes: FloatArray) -> FloatArray:

@@ -1,11 +1,12 @@
 """How right slots are grouped by what they say at first: plays first rounds alone, of many seeds and regimes.
 
     python benchmarks/clustering/first.py I II III --seeds 0 1 2 --size full --steps 5
+    python benchmarks/clustering/first.py VI --seeds 3 4 5 --size own --steps 15
     python benchmarks/clustering/first.py
 
 Of each: the ARI of groups found by the gradients and by what the first trainings changed, how far halves of either
 agree, and by which the server groups. With few steps (``--steps``, of the trainings; the gradients' batches are the
-default's) it says little of the changes, and takes little time. What is there is not played again. Without a regime it
+default's) it says little of the changes, and takes little time. ``--size own`` is the regime's config as it is. What is there is not played again. Without a regime it
 only writes ``results/clustering/first.md`` from the files in ``first/``. Needs FLTAC_DATA, but for V.
 """
 
@@ -37,6 +38,7 @@ from fltac.server.spectrum import embedding
 OUT = FOLDER.parent / "first"
 PAGE = FOLDER.parent / "first.md"
 DRAWS = 5
+OWN = "own"
 CHOSEN = frozenset({0, 1, 2, 8, 9})
 """Seeds by which batches, directions and the rule between the two kinds were chosen."""
 
@@ -45,7 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []])
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
-    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--size", choices=[*SIZES, OWN], default="small")
     parser.add_argument("--steps", type=int, default=50, help="of the first training")
     args = parser.parse_args()
     for regime in args.regimes:
@@ -59,7 +61,8 @@ def main() -> int:
 
 def play(path: Path, regime: str, size: str, steps: int, seed: int) -> None:
     """Plays one first round and writes its file."""
-    settings = [*SIZES[size].settings, *rate_of("fltac", SIZES[size]), "federation.rounds=1", f"training.steps={steps}"]
+    common = [] if size == OWN else [*SIZES[size].settings, *rate_of("fltac", SIZES[size])]
+    settings = [*common, "server.clustering.features=gradients", "federation.rounds=1", f"training.steps={steps}"]
     experiment = sharing(regime_config(regime, seed, settings))
     states: list[ServerState] = []
     records, _ = played(experiment, first_state(experiment), 1, lambda state, _: states.append(state))

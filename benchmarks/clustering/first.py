@@ -6,8 +6,9 @@
 
 Of each: the ARI of groups found by the gradients and by what the first trainings changed, how far halves of either
 agree, and by which the server groups. With few steps (``--steps``, of the trainings; the gradients' batches are the
-default's) it says little of the changes, and takes little time. ``--size own`` is the regime's config as it is. What is there is not played again. Without a regime it
-only writes ``results/clustering/first.md`` from the files in ``first/``. Needs FLTAC_DATA, but for V.
+default's) it says little of the changes, and takes little time. ``--size own`` is the regime's config as it is. What is
+there is not played again. Without a regime it only writes ``results/clustering/first.md`` from the files in ``first/``.
+Needs FLTAC_DATA, but for V.
 """
 
 import argparse

@@ -12,21 +12,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from compare import (
-    METHODS,
-    OUT,
-    RATE_ROUNDS,
-    RATE_SEED,
-    SIZES,
-    WEIGHED,
-    WEIGHT_REGIME,
-    WEIGHT_SEEDS,
-    WEIGHTS,
-    Size,
-    settings_of,
-)
+from compare import RATE_ROUNDS, RATE_SEED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS
 from compared_figures import Run, Runs, ari_figure, bytes_figure, curve, groups
 from matplotlib import rc_context
+from methods import METHODS, OUT, SIZES, Size, settings_of
 
 from fltac.runtime.atomic import write_atomic
 
@@ -73,7 +62,8 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
         "given but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: "
         "what the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the "
         "first round that groups (`fltac-a`: the second, `+if-clear`: either; with `+at-once` or `+no-softmax`, and "
-        "all others: the first) and after the last. ±: one standard deviation over the seeds; rows "
+        "all others: the first) and after the last. `+half`: five of the ten clients in a round, and compared with the "
+        "oracle's and FedIT's runs of that kind. ±: one standard deviation over the seeds; rows "
         "of other seeds are compared by their regret alone. "
         "The majority class's are of all validation rows. " + machines(regimes),
     ]
@@ -116,7 +106,6 @@ def played(size: Size) -> dict[str, Runs]:
 
 def table(runs: Runs) -> list[str]:
     """One row for each method of a regime."""
-    oracle = {run["seed"]: run["mean_score"] for run in runs.get("oracle", ())}
     tasks = list(next(iter(runs.values()))[0]["tasks"])
     lines = [
         f"| method | seeds | rate | score | regret | {' | '.join(tasks)} | ARI | MB up |",
@@ -126,13 +115,13 @@ def table(runs: Runs) -> list[str]:
     each = [f"{majority[task]:.3f}" for task in tasks]
     lines.append(f"| majority class | | | {np.mean(list(majority.values())):.3f} | | {' | '.join(each)} | | |")
     for method, own in runs.items():
-        regrets = [oracle[run["seed"]] - run["mean_score"] for run in own if run["seed"] in oracle]
+        regrets = [other - mine for mine, other in against(runs, method, "oracle")]
         cells = [
             method,
             " ".join(str(run["seed"]) for run in own),
             "" if method == "zero" else f"{own[0]['lr']:g}",
             spread([run["mean_score"] for run in own]),
-            spread(regrets) if regrets and method != "oracle" else "",
+            spread(regrets) if regrets and method not in ("oracle", "oracle+half") else "",
             *(f"{np.mean([run['tasks'][task]['score'] for run in own]):.3f}" for task in tasks),
             aris(own),
             f"{np.mean([run['bytes']['up'] for run in own]) / 1e6:.2f}",
@@ -182,7 +171,8 @@ def targets(regimes: Mapping[str, Runs]) -> list[str]:
 
 
 def against(runs: Runs, method: str, other: str) -> list[tuple[float, float]]:
-    """The scores of two methods on the seeds that both have."""
+    """The scores of two methods on the seeds that both have; of half of the clients where that is the method's."""
+    other += "+half" if method.endswith("+half") else ""
     theirs = {run["seed"]: run["mean_score"] for run in runs.get(other, ())}
     return [(run["mean_score"], theirs[run["seed"]]) for run in runs[method] if run["seed"] in theirs]
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import SIZES, rate_of
+from compare import rate_of
 from film import first_state, played, sharing
+from methods import SIZES
 from record import FOLDER
 from regimes import REGIMES, regime_config
 from sklearn.metrics import adjusted_rand_score

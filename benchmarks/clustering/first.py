@@ -110,10 +110,11 @@ def page() -> list[str]:
         "",
         "Written by `benchmarks/clustering/first.py` from the files in `first/`; do not edit. First rounds alone, K "
         "given. ARI by the gradients (20 batches, three directions) and by what A and the head changed in the first "
-        "training, each with how far halves of the adapted matrices agree; and what the server grouped by the one that "
-        "agrees more, also with K chosen by the server (how often which). Small: LoRA in two of six layers, batches of "
-        "4; full: in all, 8; digits: the quickstart's; own: as the regime's config says (on VII `auto` would compare "
-        "products). In brackets the least. Chosen: by seeds 0, 1, 2, 8 and 9 the batches, the directions and the rule between the two were chosen; others are kept for the end.",
+        "training, each with how far halves of the adapted matrices agree; and what the server grouped by the one "
+        "that agrees more, also with K chosen by the server (how often which). Small: LoRA in two of six layers, "
+        "batches of 4; full: in all, 8; digits: the quickstart's; own: as the regime's config says (on VII `auto` "
+        "would compare products). In brackets the least. Chosen: by seeds 0, 1, 2, 8 and 9 the batches, the "
+        "directions and the rule between the two were chosen; others are kept for the end.",
         "",
         "| regime | size | steps | seeds | gradients: ARI | agreement | changes: ARI | agreement | grouped: ARI | "
         "K by the server | ARI |",

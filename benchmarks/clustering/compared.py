@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from compare import RATE_ROUNDS, RATE_SEED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS
-from compared_figures import Run, Runs, ari_figure, bytes_figure, curve, groups
+from compared_figures import Run, Runs, against, ari_figure, bytes_figure, curve, groups
 from matplotlib import rc_context
 from methods import METHODS, OUT, SIZES, Size, settings_of
 
@@ -168,13 +168,6 @@ def targets(regimes: Mapping[str, Runs]) -> list[str]:
                 seeds = len(runs[method])
                 lines.append(f"| {regime} | {method} | {seeds} | {ari:.2f} | {ratio:.1%} | {' | '.join(points)} |")
     return lines
-
-
-def against(runs: Runs, method: str, other: str) -> list[tuple[float, float]]:
-    """The scores of two methods on the seeds that both have; of half of the clients where that is the method's."""
-    other += "+half" if method.endswith("+half") else ""
-    theirs = {run["seed"]: run["mean_score"] for run in runs.get(other, ())}
-    return [(run["mean_score"], theirs[run["seed"]]) for run in runs[method] if run["seed"] in theirs]
 
 
 def rates(size: Size) -> list[str]:

@@ -64,6 +64,13 @@ def groups(method: str) -> bool:
     return not method.startswith(("oracle", "central"))
 
 
+def against(runs: Runs, method: str, other: str) -> list[tuple[float, float]]:
+    """The scores of two methods on the seeds that both have; of half of the clients where that is the method's."""
+    other += "+half" if method.endswith("+half") else ""
+    theirs = {run["seed"]: run["mean_score"] for run in runs.get(other, ())}
+    return [(run["mean_score"], theirs[run["seed"]]) for run in runs[method] if run["seed"] in theirs]
+
+
 def panels(regimes: Mapping[str, Runs]) -> tuple[Figure, list[Any]]:
     """A figure with one panel for each regime."""
     figure = Figure(figsize=(4.2 * len(regimes) + 1.8, 4.2), layout="constrained")
@@ -124,13 +131,11 @@ def bytes_figure(regimes: Mapping[str, Runs]) -> Figure:
     """Each method's score, less the oracle's of the same seed, against what its clients upload; mean and spread."""
     figure, axes = panels(regimes)
     for (_, runs), place in zip(regimes.items(), axes, strict=True):
-        oracle = {run["seed"]: run["mean_score"] for run in runs.get("oracle", ())}
         for method, own in runs.items():
-            paired = [run for run in own if run["seed"] in oracle]
-            if not paired:
+            gains = [mine - oracle for mine, oracle in against(runs, method, "oracle")]
+            if not gains:
                 continue
-            gains = [run["mean_score"] - oracle[run["seed"]] for run in paired]
-            sent = np.mean([run["bytes"]["up"] for run in paired]) / 1e6
+            sent = np.mean([run["bytes"]["up"] for run in own]) / 1e6
             spread_of = np.std(gains, ddof=1) if len(gains) > 1 else None
             mark = "s" if "-products" in method else "o"
             place.errorbar(sent, np.mean(gains), yerr=spread_of, fmt=mark, color=colour(method), label=method)

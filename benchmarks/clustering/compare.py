@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from film import first_state, played, sharing
-from methods import GROUPINGS, METHODS, OUT, SHARED, SIZES, Size, settings_of
+from methods import GROUPINGS, KINDS, METHODS, OUT, SHARED, SIZES, Size, settings_of
 from regimes import REGIMES, regime_config
 
 from fltac.data.encoded import majority_score
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
     others = {*GROUPINGS, *SHARED, *(name for name in METHODS if name.endswith("+ranks"))}
-    others |= {n for n in METHODS if n.startswith(("fltac-a", "fltac-products+", "fltac+all")) or n.endswith("+half")}
+    others |= {n for n in METHODS if n.startswith(("fltac-a", "fltac-products+", "fltac+all")) or n.endswith(KINDS)}
     jobs, methods = list[Job](), args.methods or [n for n in METHODS if n in size.chosen or n not in others]
     if args.what == "rates":
         rates = args.rates or size.tried

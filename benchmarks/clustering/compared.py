@@ -15,7 +15,7 @@ import numpy as np
 from compare import RATE_ROUNDS, RATE_SEED, WEIGHED, WEIGHT_REGIME, WEIGHT_SEEDS, WEIGHTS
 from compared_figures import Run, Runs, against, ari_figure, bytes_figure, curve, groups
 from matplotlib import rc_context
-from methods import METHODS, OUT, SIZES, Size, settings_of
+from methods import KINDS, METHODS, OUT, SIZES, Size, settings_of
 
 from fltac.runtime.atomic import write_atomic
 
@@ -24,6 +24,7 @@ TABLES = {
     "full": OUT.parent / "comparison-full.md",
     "digits": OUT.parent / "comparison-digits.md",
 }
+ORACLES = ("oracle", *(f"oracle{kind}" for kind in KINDS))
 TITLES = {"small": "", "full": ", all layers adapted", "digits": ": the quickstart's tasks"}
 
 
@@ -62,9 +63,9 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
         "given but for `fltac+auto`. Score: the mean over the tasks of what clients hold after the last round. Regret: "
         "what the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the "
         "first round that groups (`fltac-a`: the second, `+if-clear`: either; with `+at-once` or `+no-softmax`, and "
-        "all others: the first) and after the last. `+half`: five of the ten clients in a round, and compared with the "
-        "oracle's and FedIT's runs of that kind. ±: one standard deviation over the seeds; rows "
-        "of other seeds are compared by their regret alone. "
+        "all others: the first) and after the last. `+half`: five of the ten clients in a round; `+rank4`: of rank 4 "
+        "(FedIT: 20); both are compared with the oracle's and FedIT's runs of that kind. ±: one "
+        "standard deviation over the seeds; rows of other seeds are compared by their regret alone. "
         "The majority class's are of all validation rows. " + machines(regimes),
     ]
     for regime, runs in regimes.items():
@@ -121,7 +122,7 @@ def table(runs: Runs) -> list[str]:
             " ".join(str(run["seed"]) for run in own),
             "" if method == "zero" else f"{own[0]['lr']:g}",
             spread([run["mean_score"] for run in own]),
-            spread(regrets) if regrets and method not in ("oracle", "oracle+half") else "",
+            spread(regrets) if regrets and method not in ORACLES else "",
             *(f"{np.mean([run['tasks'][task]['score'] for run in own]):.3f}" for task in tasks),
             aris(own),
             f"{np.mean([run['bytes']['up'] for run in own]) / 1e6:.2f}",

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from methods import KINDS
 
 Run = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Run]]
@@ -20,6 +21,10 @@ COLOUR = {
     "fltac": "#000000",
     "fltac+half": "#4d4d4d",
     "fedit+half": "#d2b48c",
+    "fltac+rank4": "#483d8b",
+    "fltac-paper+rank4": "#e6928a",
+    "fedit+rank4": "#b8a06a",
+    "oracle+rank4": "#f7d9a8",
     "oracle+half": "#f4c095",
     "fltac-a": "#1f4e8c",
     "fltac-a+auto": "#e377c2",
@@ -65,8 +70,8 @@ def groups(method: str) -> bool:
 
 
 def against(runs: Runs, method: str, other: str) -> list[tuple[float, float]]:
-    """The scores of two methods on the seeds that both have; of half of the clients where that is the method's."""
-    other += "+half" if method.endswith("+half") else ""
+    """The scores of two methods on the seeds that both have, in the method's kind of federation."""
+    other += next((kind for kind in KINDS if method.endswith(kind)), "")
     theirs = {run["seed"]: run["mean_score"] for run in runs.get(other, ())}
     return [(run["mean_score"], theirs[run["seed"]]) for run in runs[method] if run["seed"] in theirs]
 

@@ -80,6 +80,7 @@ BY_LOSS = [
     "server.clustering.held_back=0.1",
 ]
 HALF = "federation.participation=0.5"
+RANK4 = ["lora.rank=4", "lora.alpha=64"]
 MIXED = "lora.ranks={client-0: 2, client-2: 2, client-4: 4, client-6: 4}"
 """Half of the digits' clients train a smaller rank than 8, for the rules that can average these."""
 
@@ -114,6 +115,9 @@ METHODS: dict[str, list[str]] = {
     "fltac+all-steps": [COMMON[1]],  # the batches of gradients on top of what all others make
     "fltac+half": [HALF, "training.steps=42"],  # a client's batches are once in two or three rounds, not in five
     **{f"{name}+half": [f"method={name}", HALF] for name in ("fedit", "fltac-paper", "oracle")},
+    "fltac+rank4": RANK4,
+    **{f"{name}+rank4": [f"method={name}", *RANK4] for name in ("fltac-paper", "oracle")},
+    "fedit+rank4": ["method=fedit", "lora.rank=20", "lora.alpha=320"],  # at equal bytes, as the config's 5 for 1
     "oracle": ["method=oracle"],
     "oracle+adjusted": ["method=oracle", *ADJUSTED],
     "central": ["method=central"],
@@ -121,6 +125,10 @@ METHODS: dict[str, list[str]] = {
     **{name: [f"method={name}"] for name in GROUPINGS + SHARED},
 }
 """Name in the table to settings."""
+
+
+KINDS = ("+half", "+rank4")
+"""Of federation: methods of one are compared with the oracle, FedIT and ``local`` of the same."""
 
 
 def settings_of(method: str, size: Size) -> list[str]:

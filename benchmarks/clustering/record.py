@@ -197,7 +197,7 @@ def input_spreads(experiment: Experiment) -> dict[str, NDArray[np.float64]]:
         hook.remove()
     out = {}
     for path, moment in moments.items():
-        values, vectors = np.linalg.eigh(moment.numpy())
+        values, vectors = np.linalg.eigh(moment.cpu().numpy())
         out[path] = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     return out
 

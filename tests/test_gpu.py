@@ -86,8 +86,10 @@ def test_language_models_equal_one_lane_on_a_cpu(tmp_path: Path, architecture: s
     fast = test_causal.make_model(folder, packs=packs)
     fast.backbone.model.to(DEVICE)
     found = train(fast, jobs, SETTINGS["adamw"], 0.0, PACKED if packs else TOGETHER)
+    # Llama's rotary angles are float32 in transformers whatever the precision, and differ between devices.
+    tolerance = 1e-5 if architecture == "llama" else 1e-9
     for one, other in zip(expected, found, strict=True):
-        assert largest_difference(dict(one.adapter), dict(other.adapter)) < 1e-9
+        assert largest_difference(dict(one.adapter), dict(other.adapter)) < tolerance
 
 
 def test_a_clients_first_gradients_and_a_vits_lanes_on_a_gpu_equal_those_on_a_cpu() -> None:

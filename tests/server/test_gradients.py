@@ -298,12 +298,12 @@ def test_who_is_asked(overrides: tuple[str, ...], asked: bool) -> None:
     assert {request.gradients for request in requests} == {asked}
 
 
-def test_without_heads_products_are_compared() -> None:
+def test_slots_without_heads_are_asked_and_whole_backbones_are_not() -> None:
     settings = server(*SETTINGS)
     state = init_server(settings, {"m.lora_A": (1, 3), "m.lora_B": (2, 1)}, {}, ["a"])
-    assert not plan_round(state, settings)[0].gradients
-    named = server("server.clustering.features=gradients")
-    assert plan_round(state, named)[0].gradients
+    assert plan_round(state, settings)[0].gradients
+    whole = init_server(settings, {"m.weight": (2, 3)}, {}, ["a"])
+    assert not plan_round(whole, settings)[0].gradients
 
 
 def test_in_rounds_in_which_clients_choose_nobody_is_asked() -> None:
@@ -357,9 +357,9 @@ def test_from_round_two_they_are_kept_from_the_first(monkeypatch: pytest.MonkeyP
 def test_where_nothing_is_federated_nobody_is_asked() -> None:
     tree = {"backbone": {"name": "x"}, "tasks": ["sst2", "rte"]}
     federated = load_config(tree)
-    assert (federated.gradient_batches(True), federated.gradient_batches(False)) == (20, 0)
+    assert federated.gradient_batches == 20
     pooled = load_config(tree, ["federation.pool=sum"])
-    assert pooled.gradient_batches(True) == 0
+    assert pooled.gradient_batches == 0
     requests = plan_round(start(learned(2, 0.2)[0], pooled.server_settings), pooled.server_settings)
     assert not any(request.gradients for request in requests)
     for more in ((), ("training.trainable=all",)):

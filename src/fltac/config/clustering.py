@@ -35,8 +35,8 @@ class ClusteringConfig(Section):
     batches before a slot's first training, without their sign (its client sends their leading directions, once), or
     what that training changed, as with ``a``: the server takes the one whose halves agree more on the groups. ``a``:
     the change of A in all rounds, without its sign, and half as much of the head's; ``products``: the change of the
-    product B A, with its sign, and as much of the head's; ``auto``: ``gradients``, but ``products`` where nothing has
-    a head (language models) or nothing is federated."""
+    product B A, with its sign, and as much of the head's; ``auto``: ``gradients``, but ``products`` where whole
+    backbones are trained or nothing is federated."""
     gradient_batches: Positive = 20
     """Of each of a slot's tasks, of which its gradients are made."""
     extra_eigenvectors: Annotated[int, Field(ge=0)] | None = None
@@ -93,18 +93,17 @@ class ClusteringConfig(Section):
     k_max: Positive = 8
     """``fedlease``: the most clusters that the silhouette chooses from."""
 
-    def compared(self, labelled: bool, factors: bool) -> Compared | None:
+    def compared(self, factors: bool) -> Compared | None:
         """What ``spectral`` compares; None with other rules.
 
         Args:
-            labelled: Whether tasks have heads.
             factors: Whether clients train low-rank factors.
         """
         if self.rule != "spectral":
             return None
         if self.features != "auto":
             return self.features
-        return "gradients" if labelled and factors else "products"
+        return "gradients" if factors else "products"
 
     @property
     def latest_first_round(self) -> int:

@@ -207,10 +207,11 @@ class Config(Section):
             ranks=self.lora.ranks,
         )
 
-    def gradient_batches(self, labelled: bool) -> int:
-        """Batches of each task whose gradients are made before a slot's first training; ``labelled``: it has a head."""
+    @property
+    def gradient_batches(self) -> int:
+        """Batches of each task whose gradients are made before a slot's first training."""
         grouping = self.server_settings.clustering
-        compared = grouping.compared(labelled, self.training.trainable == "lora")
+        compared = grouping.compared(self.training.trainable == "lora")
         return grouping.gradient_batches if compared == "gradients" else 0
 
     @property

@@ -128,7 +128,7 @@ def _first_request(owner: Owner) -> Request:
     heads = head_shapes([local for own in owner.client.slots.values() for local in own], hidden)
     settings, shapes = owner.config.server_settings, owner.model.body_shapes
     initial = init_server(settings, shapes, dict(sorted(heads.items())), [owner.client.id]).initial
-    asked = owner.config.gradient_batches(bool(heads)) > 0
+    asked = owner.config.gradient_batches > 0
     return Request(1, owner.client.id, {}, {}, initial, gradients=asked)
 
 

@@ -18,16 +18,12 @@ class Meter:
 
     def __init__(self, experiment: Experiment, progress: Progress) -> None:
         self._clients, self._config, self._progress = experiment.clients, experiment.config, progress
-        self._labelled = bool(experiment.head_shapes)
         self._done, self._steps, self._slots, self._shown = 0, 1, 0, 0.0
 
     def on_round(self, number: int, requests: Sequence[Request]) -> None:
         """A round begins."""
         slots = [
-            (
-                own,
-                self._config.gradient_batches(self._labelled) if request.gradients and slot not in request.slots else 0,
-            )
+            (own, self._config.gradient_batches if request.gradients and slot not in request.slots else 0)
             for request in requests
             for slot, own in self._clients[request.client].slots.items()
         ]

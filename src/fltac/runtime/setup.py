@@ -183,7 +183,7 @@ def _visits(config: Config, clients: Mapping[str, Client], tasks: Mapping[str, E
     # Beside batches, rows that profiles are of, and that candidates are scored on where none are held back.
     beside = rule.profile_rows + (0 if rule.held_back or not rule.scores else rule.assignment_rows * config.rounds)
     for name, task in tasks.items():
-        batches = config.gradient_batches(bool(task.head_key))
+        batches = config.gradient_batches
         held = [
             min(len(local.rows), (local.steps * config.rounds + batches) * config.training.batch_size + beside)
             + len(local.held)

@@ -119,7 +119,7 @@ def _slot_steps(experiment: Experiment) -> int:
     if config.rounds == 0:
         return 0
     rounds = rounds_taken(config, sorted(experiment.clients))
-    beside = config.gradient_batches(bool(experiment.head_shapes))
+    beside = config.gradient_batches
     made = {client: 1 if config.pooled else number for client, number in rounds.items() if number}
     return sum(
         local.steps * made[client.id] + beside

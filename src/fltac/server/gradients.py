@@ -12,7 +12,7 @@ import numpy as np
 
 from fltac.config import GRADIENT_DIRECTIONS, ServerSettings
 from fltac.config.clustering import Compared
-from fltac.records import LORA_A, Adapter, ServerState, SlotKey, Update, head_keys, lora_modules
+from fltac.records import LORA_A, Adapter, ServerState, SlotKey, Update, lora_modules
 from fltac.server.changes import BLOCK, Changes, profiles_sent, remember
 from fltac.server.sketch import VectorSketch
 
@@ -46,7 +46,7 @@ def compared(initial: Adapter, settings: ServerSettings) -> Compared | None:
         initial: v0.
         settings: The server's.
     """
-    return settings.clustering.compared(bool(head_keys(initial)), bool(lora_modules(initial)))
+    return settings.clustering.compared(bool(lora_modules(initial)))
 
 
 def gathered(state: ServerState, updates: Sequence[Update], began: Mapping[SlotKey, Adapter], seed: int) -> First:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from compare import rate_of
 from film import first_state, played, sharing
 from methods import SIZES
@@ -66,7 +67,7 @@ def play(path: Path, regime: str, size: str, steps: int, seed: int) -> None:
     common = [] if size == OWN else [*SIZES[size].settings, *rate_of("fltac", SIZES[size])]
     settings = [*common, "server.clustering.features=gradients", "federation.rounds=1", f"training.steps={steps}"]
     experiment = sharing(regime_config(regime, seed, settings))
-    states: list[ServerState] = []
+    states, device = list[ServerState](), experiment.model.backbone.device
     records, _ = played(experiment, first_state(experiment), 1, lambda state, _: states.append(state))
     (state,), config = states, experiment.config
     tasks = {holding.key: holding.task for holding in experiment.holdings}
@@ -95,7 +96,7 @@ def play(path: Path, regime: str, size: str, steps: int, seed: int) -> None:
         "auto": {"k": len(set(auto.values())), "ari": adjusted_rand_score(truth, [auto[key] for key in keys])},
         "git": code_state(),
         "versions": versions(),
-        "hardware": hardware(None),
+        "hardware": hardware(torch.cuda.get_device_name(device) if device.type == "cuda" else None),
         "config": config.model_dump(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +113,9 @@ def page() -> list[str]:
         "given. ARI by the gradients (20 batches, three directions) and by what A and the head changed in the first "
         "training, each with how far halves of the adapted matrices agree; and what the server grouped by the one "
         "that agrees more, also with K chosen by the server (how often which). Small: LoRA in two of six layers, "
-        "batches of 4; full: in all, 8; digits: the quickstart's; own: as the regime's config says (on VII `auto` "
-        "would compare products). In brackets the least. Chosen: by seeds 0, 1, 2, 8 and 9 the batches, the "
-        "directions and the rule between the two were chosen; others are kept for the end.",
+        "batches of 4; full: in all, 8; digits: the quickstart's; own: as the regime's config says. In brackets the "
+        "least. Chosen: by seeds 0, 1, 2, 8 and 9 the batches, the directions and the rule between the two were "
+        "chosen, and on VII that `auto` compares gradients where nothing has a head, too; others are kept for the end.",
         "",
         "| regime | size | steps | seeds | gradients: ARI | agreement | changes: ARI | agreement | grouped: ARI | "
         "K by the server | ARI |",

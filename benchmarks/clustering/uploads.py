@@ -76,13 +76,13 @@ def eigenvectors(kernel: Gram, k: int) -> Gram:
 def learned(recording: Recording, draws: int) -> list[dict[str, Any]]:
     """Of the slots above the majority class, and of those clearly above: how many, of how many tasks, and their ARI.
 
-    ARI is the mean over the draws of the default rule, of these slots in the grouping of all; None where they are of
+    ARI is the mean over the draws of changes of A, of these slots in the grouping of all; None where they are of
     one task. Empty where no scores were taken.
     """
     if np.isnan(recording.scores).any():
         return []
     k = len(set(recording.truth.tolist()))
-    found = [RULES["default"](recording, k, start) for start in range(draws)]
+    found = [RULES["changes of A"](recording, k, start) for start in range(draws)]
 
     def ari(own: NDArray[np.bool_]) -> float:
         return float(np.mean([adjusted_rand_score(recording.truth[own], labels[own]) for labels in found]))

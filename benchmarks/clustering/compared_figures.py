@@ -21,7 +21,7 @@ COLOUR = {
     "fltac": "#000000",
     "fltac+half": "#4d4d4d",
     "fedit+half": "#d2b48c",
-    "fltac+auto": "#e377c2",
+    "fltac+auto": "#17a2b8",
     "fltac+all-steps": "#7f7f00",
     "oracle+half": "#f4c095",
     "fltac-a": "#1f4e8c",

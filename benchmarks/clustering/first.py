@@ -115,7 +115,8 @@ def page() -> list[str]:
         "that agrees more, also with K chosen by the server (how often which). Small: LoRA in two of six layers, "
         "batches of 4; full: in all, 8; digits: the quickstart's; own: as the regime's config says. In brackets the "
         "least. Chosen: by seeds 0, 1, 2, 8 and 9 the batches, the directions and the rule between the two were "
-        "chosen, and on VII that `auto` compares gradients where nothing has a head, too; others are kept for the end.",
+        "chosen; others are kept for the end, but that `auto` compares gradients where nothing has a head was "
+        "decided when all of VII had been seen.",
         "",
         "| regime | size | steps | seeds | gradients: ARI | agreement | changes: ARI | agreement | grouped: ARI | "
         "K by the server | ARI |",

@@ -65,7 +65,8 @@ def rules_by_setting(found: Sequence[Found]) -> list[str]:
         for own in settings.values():
             aris = [item["rules"][rule]["ari"] for item in own if rule in item["rules"]]
             accuracies = [item["rules"][rule]["accuracy"] for item in own if rule in item["rules"]]
-            cells.append(f"{np.mean(aris):.2f} ± {np.std(aris):.2f}, {np.mean(accuracies):.2f}" if aris else "")
+            of = f" ({len(aris)})" if len(aris) < len(own) else ""
+            cells.append(f"{np.mean(aris):.2f} ± {np.std(aris):.2f}, {np.mean(accuracies):.2f}{of}" if aris else "")
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     return lines
 

@@ -262,7 +262,7 @@ DAMAGE = [
     (change_content, "state.json: its content does not match its SHA-256"),
     (
         lambda folder: edit(folder, format=99),
-        "format 99 of another version of fltac; this one reads and writes format 6",
+        "format 99 of another version of fltac; this one reads and writes format 7",
     ),
     (lambda folder: (folder / "state.json").write_text("[]"), "state.json: not the JSON of a checkpoint"),
     (

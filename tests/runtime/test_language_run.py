@@ -18,7 +18,7 @@ from fltac.cli import main
 from fltac.data.prompts import alpaca
 from fltac.errors import InputError
 from fltac.evaluation import response_losses
-from fltac.records import Request
+from fltac.records import Reply, Request
 from fltac.report.compare import comparison_table
 from fltac.report.results import load_results
 from fltac.runtime.checkpoint import latest_checkpoint
@@ -69,6 +69,8 @@ def test_training_lowers_the_held_out_loss(finished: Path, tree: dict[str, Any],
     assert summary["baselines"]["majority"] == {}
     assert summary["row_counts"]["colour"] == {"train": {"used": 32}, "validation": {"used": 8}}
     assert list(summary["trainable_parameters"]) == ["none"]
+    first, *later = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]
+    assert first["bytes"]["up"] > 1.2 * max(record["bytes"]["up"] for record in later), "gradients come with the first"
     table = comparison_table(load_results([finished, tmp_path / "zero"]))
     assert "| method | colour (loss)" in table
 
@@ -158,9 +160,12 @@ def test_a_data_owners_node_trains_and_reports_its_loss(tree: dict[str, Any], tm
         name: np.zeros(shape, np.float32) if name.endswith("lora_B") else np.ones(shape, np.float32)
         for name, shape in hello.body_shapes.items()
     }
-    request = Request(1, "a", {}, {}, initial)
+    request = Request(1, "a", {}, {}, initial, gradients=True)
     reply = decode_answer(node.answer(encode_train_question(request, "float32")))
-    assert getattr(reply, "error", "") is None
+    assert isinstance(reply, Reply)
+    assert [set(update.gradients or {}) for update in reply.updates] == 3 * [
+        {name for name in initial if name.endswith("lora_A")}
+    ]
     scores = decode_answer(node.answer(encode_score_question(request, "float32", 4)))
     assert isinstance(scores, Scores)
     assert all(4 < slot.score < 7 and slot.rows == 4 for slot in scores.slots.values()), "near log(259)"

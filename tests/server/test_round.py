@@ -275,6 +275,14 @@ def test_memory_of_a_holds_the_changes_of_a_alone() -> None:
     np.testing.assert_allclose(held.T @ held, rows.T @ rows, atol=1e-5)
 
 
+def test_products_without_heads() -> None:
+    first = state("a", heads={})
+    body = {name: tensor for name, tensor in adapter(1, 2).items() if name in first.initial}
+    products = "server.clustering.features=products"
+    one = play(first, [reply("a", body)], "method=fltac", "server.clustering.k=1", products)
+    assert one.memory["a", 0]["body"].shape == (1, 2 * 3), "as many numbers as the product has"
+
+
 def test_slots_that_were_not_asked_are_regrouped_by_what_they_learned() -> None:
     """In round 2 only one client replies; the other's slots still belong to somebody."""
     settings = ("method=fltac", "server.clustering.k=2")

@@ -27,7 +27,7 @@ from fltac.runtime.atomic import TEMPORARY, sync_folder, to_json, write_new
 FOLDER = "checkpoints"
 TENSORS = "state.safetensors"
 TEXT = "state.json"
-FORMAT = 6
+FORMAT = 7
 REPLACED = ".replaced"
 """Suffix of a checkpoint that is being written again, for the moment between the two renames."""
 

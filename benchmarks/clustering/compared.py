@@ -60,12 +60,13 @@ def page(name: str, size: Size, regimes: Mapping[str, Runs]) -> list[str]:
         "",
         f"{size.about}; {rounds} rounds of {steps} steps of {training['batch_size']} rows"
         f"{even}; scored on up to {size.rows} validation rows of a task; K = {tasks} is "
-        "given but for `+auto`, CFL and FedLEASE, which choose it. Score: the mean over the tasks of what clients hold after "
-        "the last round. Regret: what the oracle of the same seed scores more. ARI: of all slots' clusters against their tasks, after the "
-        "first round that groups (`fltac-a`: the second, `+if-clear`: either; with `+at-once` or `+no-softmax`, and "
-        "all others: the first) and after the last. `+half`: five of the ten clients in a round; `+rank4`: of rank 4 "
-        "(FedIT: 20); both are compared with the oracle's and FedIT's runs of that kind. ±: one "
-        "standard deviation over the seeds; rows of other seeds are compared by their regret alone. "
+        "given but for `+auto`, CFL and FedLEASE, which choose it. Score: the mean over the tasks of what clients "
+        "hold after the last round. Regret: what the oracle of the same seed scores more. ARI: of all slots' "
+        "clusters against their tasks, after the first round that groups (`fltac-a`: the second, `+if-clear`: "
+        "either; with `+at-once` or `+no-softmax`, and all others: the first) and after the last. `+half`: five of "
+        "the ten clients in a round; `+rank4`: of rank 4 (FedIT: 20); both are compared with the oracle's and "
+        "FedIT's runs of that kind. ±: one standard deviation over the seeds; rows of other seeds are compared by "
+        "their regret alone. "
         "The majority class's are of all validation rows. " + machines(regimes),
     ]
     for regime, runs in regimes.items():

@@ -75,7 +75,8 @@ def test_a_row_says_where_its_method_differs_otherwise(tiny: Path, tmp_path: Pat
     overrides = sort_overrides((), parts=("cifar",))
     wanted = order("table1", tmp_path / "out", configs)
     chosen = {
-        method: runs.runs_of(wanted, "cifar", [method], overrides)[0].config for method in ("fltac-paper", "central")
+        method: runs.runs_of(wanted, "cifar", [method], overrides)[0].config
+        for method in ("fltac-paper", "fltac", "central")
     }
     theirs = {method: load_config(configs / "cifar-vit.yaml", [f"method={method}"]) for method in chosen}
     results = {method: Result(method, method, ()) for method in chosen}
@@ -89,6 +90,8 @@ def test_a_row_says_where_its_method_differs_otherwise(tiny: Path, tmp_path: Pat
     own = comparison.own_differences(block, "central", theirs)
     assert own[:-1] == ["5 rounds as there", "0.001 learning rate for 0.005", "linear schedule for constant"]
     assert comparison.own_differences(block, "fltac-paper", theirs)[:-1] == []
+    own = comparison.own_differences(block, "fltac", theirs)
+    assert own[:-1] == ["20 batches of gradients beside the steps"]
 
 
 def test_what_is_finished_is_not_run_again(table1: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,10 @@ def _share(rows: int, whole: int, which: str) -> str | None:
 
 
 def own_differences(block: Block, method: str, papers: Mapping[str, Config]) -> list[str]:
-    """What differs in one row: the rank, what the method sets otherwise than the rest, and how many seeds there are."""
+    """What differs in one row: the rank, what the method sets otherwise than the rest, and how many seeds there are.
+
+    Gradients belong to no method of the paper, and are work beside its steps.
+    """
     ours, theirs = block.configs[method], papers[method]
     out = [] if ours.lora.rank == theirs.lora.rank else [f"rank {ours.lora.rank} for {theirs.lora.rank}"]
     reference = _reference(block)
@@ -165,6 +168,8 @@ def own_differences(block: Block, method: str, papers: Mapping[str, Config]) -> 
     for key, (mine, other) in _pairs(ours, theirs).items():
         if (mine, other) != usual[key]:
             out.append(f"{mine} {key} " + ("as there" if mine == other else f"for {other}"))
+    if ours.gradient_batches:
+        out.append(f"{ours.gradient_batches} batches of gradients beside the steps")
     seeds = len(block.results[method].runs)
     return [*out, "one seed" if seeds == 1 else f"{seeds} seeds"]
 

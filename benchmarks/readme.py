@@ -20,7 +20,7 @@ from fltac.report.compare import (
 from fltac.report.scores_plot import plot_scores
 
 ROOT = Path(__file__).parent.parent
-TABLES = {name: ROOT / "results" / name for name in ("glue-minilm", "quickstart", "dolly-llama-small")}
+TABLES = {name: ROOT / "results" / name for name in ("glue-minilm", "quickstart", "paper-small/dolly")}
 BENCH = ROOT / "results" / "bench"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "text-generation.md"]
 FIGURE = ROOT / "docs" / "quickstart.png"

@@ -8,21 +8,20 @@ import pytest
 import torch
 
 import fltac
+from client.test_client_gradients import QUICKSTART, asked
 from client.test_training import ALONE, PACKED, SETTINGS, TOGETHER, largest_difference, make_job, make_model, make_task
 from fltac.client.client import plan_jobs
 from fltac.client.gradients import Gradients, gradients, plan_gradients
-from fltac.client.training import train
+from fltac.client.training import TrainJob, train
 from fltac.config import BackboneConfig
 from fltac.model.attention import use_own_attention
 from fltac.model.backbone import load_backbone
 from fltac.model.lanes import LaneModel
 from fltac.model.trial import keeps_lanes_apart
 from fltac.runtime.setup import prepare
-from fltac.server.round import init_server, plan_round
 from language import make_language_model
 from model import test_causal
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -100,25 +99,13 @@ def test_a_clients_first_gradients_and_a_vits_lanes_on_a_gpu_equal_those_on_a_cp
         settings = ["federation.clients=3", "server.clustering.gradient_batches=3", "training.precision=float32"]
         settings += [f"backbone.device={device}", "training.steps=5"]
         experiment = prepare(fltac.load_config(QUICKSTART, settings))
-        config = experiment.config
-        asked = plan_round(
-            init_server(
-                config.server_settings, experiment.model.body_shapes, experiment.head_shapes, experiment.clients
-            ),
-            config.server_settings,
-        )
-        first = [
-            job
-            for request in asked
-            for job in plan_gradients(experiment.clients[request.client], request, request.initial or {}, config)
-        ]
-        plan = ALONE if device == "cpu" else TOGETHER
+        config, plan = experiment.config, ALONE if device == "cpu" else TOGETHER
+        first, jobs = list[TrainJob](), list[TrainJob]()
+        for request in asked(experiment):
+            client, initial = experiment.clients[request.client], request.initial or {}
+            first += plan_gradients(client, request, initial, config)
+            jobs += plan_jobs(client, request, initial, config)
         seen.append(gradients(experiment.model, first, config.training, plan))
-        jobs = [
-            job
-            for request in asked
-            for job in plan_jobs(experiment.clients[request.client], request, request.initial or {}, config)
-        ]
         adapters.append(train(experiment.model, jobs, config.training, 0.0, plan))
     for one, other in zip(*seen, strict=True):
         assert (one.client, one.slot) == (other.client, other.slot)

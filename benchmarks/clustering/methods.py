@@ -81,6 +81,8 @@ BY_LOSS = [
 ]
 HALF = "federation.participation=0.5"
 RANK4 = ["lora.rank=4", "lora.alpha=64"]
+KINDS = ("+half", "+rank4")
+"""Of federation: methods of one are compared with the oracle and FedIT of the same."""
 MIXED = "lora.ranks={client-0: 2, client-2: 2, client-4: 4, client-6: 4}"
 """Half of the digits' clients train a smaller rank than 8, for the rules that can average these."""
 
@@ -125,10 +127,6 @@ METHODS: dict[str, list[str]] = {
     **{name: [f"method={name}"] for name in GROUPINGS + SHARED},
 }
 """Name in the table to settings."""
-
-
-KINDS = ("+half", "+rank4")
-"""Of federation: methods of one are compared with the oracle and FedIT of the same."""
 
 
 def settings_of(method: str, size: Size) -> list[str]:
